@@ -1,0 +1,308 @@
+"""The records of schema `safegen.audit/1`.
+
+The schema is additive: later versions may add fields and kinds under the same `v`, so a reader ignores fields it does
+not know and checks only the envelope of a kind it does not know. An absent field means "not recorded"; an empty list
+means "looked at, none".
+
+Every value is finite and plain (`safegen.audit.plain`): a tensor, NaN or Inf raises `AuditWriteError` where the record
+is built.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from safegen.audit.plain import Plain
+from safegen.errors import AuditWriteError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+EventKind = Literal["policy.applied", "policy.removed", "gated", "generated", "refused", "run.failed"]
+InputKind = Literal["image", "mask", "control", "ip_adapter", "embeds_only"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord(Plain):
+    """One call of the host. `id` joins the records of that call: one `gated` record per prompt, one `generated`."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord(Plain):
+    """The base model: `family` (such as `sd1`) and `source` (folder, or hub name with its revision)."""
+
+    family: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeVersions(Plain):
+    """Versions of the libraries that draw, as plain strings; the audit layer never imports them."""
+
+    torch: str | None = None
+    diffusers: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeRecord(Plain):
+    """What ran: the versions, the process that wrote the record and the model in question."""
+
+    safegen: str
+    pid: int
+    torch: str | None = None
+    diffusers: str | None = None
+    model: ModelRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRecord(Plain):
+    """The policy in force. `digest` is `sha256:<hex>` of its resolved form; `mode` is `enforce` or `observe`."""
+
+    id: str
+    version: str
+    digest: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord(Plain):
+    """A prompt as the log keeps it; build it with `AuditLog.prompt`, which knows whether the text may be kept.
+
+    Attributes:
+        hmac: HMAC of the NFC form of the prompt, 64 hex digits.
+        key_id: Which key made it.
+        alg: `HMAC-SHA256`.
+        chars: Length of the prompt in code points, before NFC.
+        text: The prompt itself; only in a log opened with `text="full"`.
+        decoded: True where the caller's own text was not seen, and the digest is of what the token ids decode to.
+    """
+
+    hmac: str
+    key_id: str
+    alg: str
+    chars: int
+    text: str | None = None
+    decoded: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRecord(Plain):
+    """The parts of a score, each absent where it was not computed.
+
+    Attributes:
+        clipcos: Cosine of text encodings, in [-1, 1] (SPM, facilitated transport).
+        token: Token overlap, in [0, 1] (SPM Eq. 10).
+        lexical: 1 where a whole phrase of the concept was found, else 0.
+    """
+
+    clipcos: float | None = None
+    token: float | None = None
+    lexical: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MembraneRecord(Plain):
+    """One membrane and, in `gated`, `generated` and `refused`, how far the prompt opened it.
+
+    Attributes:
+        rule: Id of the policy rule that holds it.
+        concept: The concept it erases.
+        sha256: Digest of its file, 64 hex digits.
+        strength: The policy author's constant, >= 0.
+        score: What the permeability was computed from; absent where the prompt was unknown.
+        permeability: The intent, in [0, 1].
+        opened: Whether the membrane acted on this prompt (permeability above 0).
+        effect: The measured ratio ‖γ s Δ(x)‖ / ‖W x‖, >= 0.
+    """
+
+    rule: str
+    concept: str
+    sha256: str
+    strength: float
+    score: ScoreRecord | None = None
+    permeability: float | None = None
+    opened: bool | None = None
+    effect: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HitRecord(Plain):
+    """A lexical rule that matched. `text`, the matched words, only with `text="full"`: they would reveal the prompt."""
+
+    rule: str
+    concept: str
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRecord(Plain):
+    """What was found. `rule` and `severity` are those of the gravest finding, absent where nothing matched."""
+
+    decision: str
+    rule: str | None = None
+    severity: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ActionRecord(Plain):
+    """What was done. In `observe` nothing is enforced, and `would` names what `enforce` would have done."""
+
+    type: str
+    enforced: bool
+    would: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttestRecord(Plain):
+    """Proof of attachment: how many sites were planned, how many carried their membrane, how many calls they saw."""
+
+    modules_expected: int
+    modules_seen: int
+    calls: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRecord(Plain):
+    """What was drawn: `n` images, the sha256 of each, the seed in decimal (seeds exceed exact JSON numbers)."""
+
+    n: int
+    sha256: tuple[str, ...]
+    seed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRecord(Plain):
+    """A failure: a stable `code`, the class of the exception; its `message` (may quote a prompt) with `text="full"`."""
+
+    code: str
+    type: str
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord(Plain):
+    """What a segment promises: its text policy, whether each record was synced to disk, the key of its HMACs."""
+
+    text: str
+    durable: bool
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FooterRecord(Plain):
+    """The end of a closed segment: how many records stand before the footer, and the hash of the last of them."""
+
+    count: int
+    head: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Plain):
+    """One line of the log.
+
+    Attributes:
+        v: Schema version, 1.
+        seq: Number within the segment, contiguous from 0.
+        prev: Hash of the record before it.
+        ts: Wall clock, UTC, milliseconds.
+        event_id: A UUID of version 7.
+        kind: One of `EventKind`, or `segment.open`, `segment.close`.
+        timing_ms: Duration of what is recorded, in milliseconds.
+        hash: sha256 of the canonical form of this record without `hash`.
+    """
+
+    v: int
+    seq: int
+    prev: str
+    ts: str
+    event_id: str
+    kind: str
+    hash: str
+    request: RequestRecord | None = None
+    runtime: RuntimeRecord | None = None
+    policy: PolicyRecord | None = None
+    prompt: PromptRecord | None = None
+    negative: PromptRecord | None = None
+    inputs: tuple[str, ...] | None = None
+    membranes: tuple[MembraneRecord, ...] | None = None
+    hits: tuple[HitRecord, ...] | None = None
+    verdict: VerdictRecord | None = None
+    action: ActionRecord | None = None
+    attest: AttestRecord | None = None
+    output: OutputRecord | None = None
+    error: ErrorRecord | None = None
+    segment: SegmentRecord | None = None
+    footer: FooterRecord | None = None
+    timing_ms: float | None = None
+
+
+class EventFields(TypedDict, total=False):
+    """What the guard may pass to `AuditLog.write`; `missing_fields` says which a kind needs."""
+
+    request: RequestRecord
+    policy: PolicyRecord
+    prompt: PromptRecord
+    negative: PromptRecord
+    inputs: tuple[InputKind, ...]
+    membranes: tuple[MembraneRecord, ...]
+    hits: tuple[HitRecord, ...]
+    verdict: VerdictRecord
+    action: ActionRecord
+    attest: AttestRecord
+    output: OutputRecord
+    error: ErrorRecord
+    timing_ms: float
+
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "segment.open": ("runtime", "segment"),
+    "policy.applied": ("runtime", "policy", "membranes", "attest"),
+    "policy.removed": ("runtime", "policy"),
+    "gated": ("runtime", "request", "policy", "inputs", "membranes", "hits", "verdict", "action", "attest"),
+    "generated": ("runtime", "request", "policy", "membranes", "attest", "output", "timing_ms"),
+    "refused": ("runtime", "request", "policy", "membranes", "hits", "verdict", "action"),
+    "run.failed": ("runtime", "request", "policy", "error"),
+    "segment.close": ("runtime", "footer"),
+}
+
+
+def missing_fields(record: Record) -> list[str]:
+    """Lists what the kind of `record` needs and it lacks; empty for a sound record and for a kind not known here."""
+    missing = [name for name in REQUIRED.get(record.kind, ()) if getattr(record, name) is None]
+    if record.kind in ("gated", "generated", "refused"):
+        for index, membrane in enumerate(record.membranes or ()):
+            gate = {"permeability": membrane.permeability, "opened": membrane.opened}
+            missing += [f"membranes[{index}].{name}" for name, value in gate.items() if value is None]
+    # A prompt can be absent only where the host passed embeddings instead of one.
+    if record.kind == "gated" and record.prompt is None and "embeds_only" not in (record.inputs or ()):
+        missing.append("prompt")
+    return missing
+
+
+def parse_record(line: bytes) -> Record:
+    """Reads one line (without its newline) as a `Record`; says nothing about the chain.
+
+    Raises:
+        ValueError: One line of text that names each wrong field.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter().validate_json(line, strict=True)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError("; ".join(faults)) from error
+    except AuditWriteError as error:
+        raise ValueError(str(error)) from error
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Record]:
+    # Imported here, so that importing safegen costs nothing.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)

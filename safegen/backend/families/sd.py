@@ -1,0 +1,106 @@
+"""Stable Diffusion 1.x and 2.x, and every pipeline of the same architecture (community models, safegen-mini)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from safegen.backend.base import Call
+from safegen.backend.sites import Sites, find_sites
+from safegen.errors import UnsupportedBackendError
+
+# Cross-attention width and block widths tell the families of this architecture apart.
+_FAMILIES = {
+    (768, (320, 640, 1280, 1280)): "sd1",
+    (1024, (320, 640, 1280, 1280)): "sd2",
+    (192, (64, 128, 160)): "mini",
+}
+
+
+class StableDiffusion:
+    """A pipeline with one CLIP text encoder and a U-Net conditioned on its last hidden state."""
+
+    def __init__(self, pipe: Any) -> None:
+        """Takes a pipeline for which `detect` holds, with the denoiser that it has now."""
+        self.pipe = pipe
+        self.denoiser: Any = pipe.unet
+        self.text_encoder: nn.Module = pipe.text_encoder
+        self.vocabulary = int(pipe.text_encoder.config.vocab_size)
+        self.sites: Sites = find_sites(pipe.unet, Transformer2DModel)
+        config = pipe.unet.config
+        key = (config.cross_attention_dim, tuple(config.block_out_channels))
+        self.family: str = _FAMILIES.get(key, f"sd-{self.sites.architecture[:8]}")
+
+    @staticmethod
+    def detect(pipe: Any) -> bool:
+        """Tells whether this is a pipeline of the family."""
+        unet, encoder = getattr(pipe, "unet", None), getattr(pipe, "text_encoder", None)
+        return (
+            isinstance(unet, UNet2DConditionModel)
+            and isinstance(encoder, CLIPTextModel)
+            and getattr(pipe, "tokenizer", None) is not None
+            and getattr(pipe, "text_encoder_2", None) is None
+            and unet.config.get("addition_embed_type") is None
+        )
+
+    def tokenise(self, texts: Sequence[str]) -> Tensor:
+        """See `Backend`."""
+        tokenizer = self.pipe.tokenizer
+        return tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    def _real(self, ids: Sequence[int]) -> list[int]:
+        """Cuts a row to its real tokens: after the begin token, before the first end token."""
+        tokenizer = self.pipe.tokenizer
+        row = list(ids)
+        if row and row[0] == tokenizer.bos_token_id:
+            row = row[1:]
+        return row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+
+    def words(self, ids: Sequence[int]) -> tuple[tuple[int, str], ...]:
+        """See `Backend`."""
+        return tuple((i, self.pipe.tokenizer.decode([i]).strip()) for i in self._real(ids))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """See `Backend`."""
+        return self.pipe.tokenizer.decode(self._real(ids)).strip()
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> Tensor:
+        """See `Backend`."""
+        encoder: Any = self.pipe.text_encoder
+        return encoder(ids.to(encoder.device))[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """See `Backend`."""
+        config = self.denoiser.config
+        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+
+    def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """See `Backend`."""
+        return self.denoiser(x_t, t, encoder_hidden_states=states).sample
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """See `Backend`."""
+        names = ("sample", "timestep", "encoder_hidden_states")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        states, timestep = given.get("encoder_hidden_states"), given.get("timestep")
+        if not isinstance(states, Tensor) or states.ndim != 3:
+            raise UnsupportedBackendError(
+                "the U-Net was called without encoder_hidden_states [rows, tokens, width]; safegen reads the prompt "
+                "there and does not let a step pass unread"
+            )
+        first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
+        return Call(states, float(first) if first is not None else 0.0)

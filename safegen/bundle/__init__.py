@@ -1,0 +1,1 @@
+"""The files that a policy refers to: where membranes lie on disk."""

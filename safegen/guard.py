@@ -1,0 +1,220 @@
+"""`apply_policy`: puts a policy in force on a pipeline, and the `Guard` that holds it there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from safegen.audit import AuditLog, HmacKey, RuntimeVersions, load_key
+from safegen.backend import backend_of
+from safegen.backend.base import Backend
+from safegen.backend.conditioning import TextSeam
+from safegen.backend.injection import Injection
+from safegen.backend.sites import plan
+from safegen.backend.watch import EncodePromptWatch, ImageWatch
+from safegen.bundle.store import MembraneStore
+from safegen.gatekeeper import Decision, Gatekeeper, Installed
+from safegen.membrane.file import file_digest, read_membrane
+from safegen.policy.catalogue import load_catalogue
+from safegen.policy.load import load_policy
+from safegen.policy.resolve import ResolvedPolicy, resolve
+from safegen.record import Recorder
+from safegen.run import Runs
+
+logger = logging.getLogger("safegen")
+
+
+def default_audit_directory() -> Path:
+    """Returns where audits go by default: `SAFEGEN_AUDIT_DIR`, or safegen/audit in the XDG state folder."""
+    given = os.environ.get("SAFEGEN_AUDIT_DIR")
+    if given:
+        return Path(given)
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "safegen" / "audit"
+
+
+def prepare(
+    pipe: Any, policy: str | Path, *, membranes: Sequence[str | Path] = ()
+) -> tuple[Backend, ResolvedPolicy, Gatekeeper]:
+    """Loads everything that a policy needs on a pipeline, and checks it, without touching the pipeline.
+
+    Args:
+        pipe: The host's pipeline.
+        policy: Path of a policy file, or the name of a shipped one ("strict").
+        membranes: Further folders with membranes, laid out as the shipped one.
+
+    Returns:
+        The backend, the resolved policy and the gatekeeper that decides for prompts.
+
+    Raises:
+        SafegenError: See `apply_policy`.
+    """
+    document = load_policy(policy)
+    backend = backend_of(pipe)
+    store = MembraneStore([Path(root) for root in membranes])
+    paths = store.installed(backend.family)
+    resolved = resolve(document, load_catalogue(), available=paths.keys(), family=backend.family)
+    installed: list[Installed] = []
+    for rule in resolved.rules:
+        if rule.effective == "erase":
+            path = paths[rule.concept.id]
+            membrane = read_membrane(path)
+            plan(membrane, backend.sites, backend.family)  # refuses here, before anything is attached
+            installed.append(Installed(rule, membrane, file_digest(path)))
+    return backend, resolved, Gatekeeper(backend, resolved, installed)
+
+
+def apply_policy(
+    pipe: Any,
+    policy: str | Path,
+    *,
+    audit: str | Path | None = None,
+    audit_key: HmacKey | None = None,
+    membranes: Sequence[str | Path] = (),
+) -> Guard:
+    """Puts a policy in force on a pipeline; the caller goes on calling the pipeline itself.
+
+    Membranes are attached to the denoiser, the prompts are read where the denoiser reads them, and every prompt is
+    recorded before anything is drawn. What no rule touches comes out bit for bit as before. Rules without a membrane
+    for this pipeline's base family refuse the prompts that name their concept; `Guard.notices` (also logged as
+    warnings of logger "safegen") says which.
+
+    Args:
+        pipe: A diffusers pipeline of a supported family.
+        policy: Path of a policy file, or the name of a shipped policy ("strict", "mini-strict").
+        audit: Folder of the audit log; by default `SAFEGEN_AUDIT_DIR` or the XDG state folder.
+        audit_key: Key of the prompt digests; by default this machine's (`safegen.audit.load_key`).
+        membranes: Further folders with membranes (`<root>/<family>/<concept>/membrane.safetensors`).
+
+    Returns:
+        The guard: a context manager; `remove()` takes everything off.
+
+    Raises:
+        PolicyError: The policy is missing or wrong; all faults at once.
+        UnsupportedBackendError: Nothing on `pipe` that safegen can guard.
+        BundleError, MembraneError: A membrane is missing, damaged, or for another base model.
+        AlreadyAppliedError: A policy is in force on this denoiser already.
+        AuditError: The log cannot be written.
+    """
+    backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes)
+    injection = Injection(
+        backend.denoiser, backend.sites, [item.membrane for item in gatekeeper.installed], backend.family
+    )
+    log = AuditLog.open(
+        audit if audit is not None else default_audit_directory(),
+        key=audit_key or load_key(),
+        text=resolved.audit.text,
+        durable=resolved.mode == "enforce",
+        runtime=_versions(),
+    )
+    try:
+        guard = Guard(pipe, backend, resolved, gatekeeper, injection, log)
+    except BaseException:
+        log.close()
+        raise
+    for notice in resolved.notices:
+        logger.warning(notice)
+    return guard
+
+
+def _versions() -> RuntimeVersions:
+    import diffusers
+    import torch
+
+    return RuntimeVersions(torch=torch.__version__, diffusers=diffusers.__version__)
+
+
+class Guard:
+    """A policy in force on one pipeline. Use `apply_policy`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        backend: Backend,
+        policy: ResolvedPolicy,
+        gatekeeper: Gatekeeper,
+        injection: Injection,
+        log: AuditLog,
+    ) -> None:
+        """Attaches everything; on an error nothing stays attached."""
+        self.policy = policy
+        self._gatekeeper = gatekeeper
+        self._injection = injection
+        self._log = log
+        self._text = TextSeam(backend)
+        self._recorder = Recorder(log, policy, gatekeeper, injection, family=backend.family, source=_source(pipe))
+        self._runs = Runs(backend, gatekeeper, injection, self._text, self._recorder)
+        self._watches = (EncodePromptWatch(pipe, self._text), ImageWatch(pipe, self._runs.drawn))
+        self._state: Literal["applied", "removed"] = "applied"
+        self._recorder.applied()
+        if policy.mode == "disabled":
+            return
+        injection.attach(self._runs.before, self._runs.after, self._runs.failed)
+        self._text.attach()
+        for watch in self._watches:
+            watch.attach()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the person who applies the policy should read: which rules have no membrane, and what happens then."""
+        return self.policy.notices
+
+    @property
+    def audit_path(self) -> Path:
+        """The segment file of the audit log that this process writes."""
+        return self._log.path
+
+    @property
+    def removed(self) -> bool:
+        """Whether the policy has been taken off."""
+        return self._state == "removed"
+
+    def decide(self, prompts: Sequence[str]) -> list[Decision]:
+        """Says what the policy decides for prompts, without drawing and without recording.
+
+        Args:
+            prompts: Any number of texts.
+
+        Returns:
+            One decision per prompt.
+        """
+        return self._gatekeeper.decide_texts(prompts)
+
+    def remove(self) -> None:
+        """Takes the policy off: the pipeline is as before, bit for bit. Does nothing the second time.
+
+        Raises:
+            AttestationError: Something else has replaced an attachment; nothing is taken off then.
+            AuditWriteError: The removal could not be recorded (the pipeline is as before nevertheless).
+        """
+        if self._state == "removed":
+            return
+        if self.policy.mode != "disabled":
+            self._injection.detach()
+            self._text.detach()
+            for watch in self._watches:
+                watch.detach()
+        self._state = "removed"
+        try:
+            self._recorder.removed()
+        finally:
+            self._log.close()
+
+    def __enter__(self) -> Self:
+        """Returns the guard."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Removes the policy."""
+        self.remove()
+
+
+def _source(pipe: Any) -> str:
+    """Returns where the pipeline was loaded from, for the record: a hub id, or the last part of a folder's path."""
+    return Path(str(pipe.config.get("_name_or_path") or type(pipe).__name__)).name

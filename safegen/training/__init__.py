@@ -1,0 +1,1 @@
+"""Training of membranes: SPM's erasing loss with latent anchoring, data-free."""

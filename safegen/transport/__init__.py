@@ -1,0 +1,1 @@
+"""Facilitated transport: how far each membrane opens for each prompt, and why."""

@@ -1,0 +1,27 @@
+"""Shared fixtures: tiny real pipelines, a key for audits, and no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from safegen.audit import HmacKey
+
+
+@pytest.fixture(scope="session")
+def audit_key() -> HmacKey:
+    """A fixed key, so that no test touches the user's own."""
+    return HmacKey(b"0123456789abcdef0123456789abcdef")
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the default audit folder and key of every test in its own folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("SAFEGEN_AUDIT_DIR", raising=False)
+    monkeypatch.delenv("SAFEGEN_AUDIT_KEY", raising=False)

@@ -1,0 +1,117 @@
+"""Tiny pipelines built from the true config classes, with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from safegen.backend.sites import file_key
+from safegen.membrane.weights import Factor, Membrane
+
+WORDS = tuple("a an the of in and style photo ghost robot fox van gogh mouse mickey santa claus nude".split())  # noqa: SIM905
+
+
+def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
+    """A CLIP tokenizer that spells: every letter is a token, and each of `WORDS` is one token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(alphabet + [f"{c}</w>" for c in alphabet])}
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[-2], pieces[-1])  # from the right, so that the end of a word keeps words apart
+            if "".join(pair) not in vocabulary:
+                merges.append(pair)
+                vocabulary["".join(pair)] = len(vocabulary)
+            pieces[-2:] = ["".join(pair)]
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    content: dict[str, Any] = {"vocab": vocabulary, "merges": merges}
+    return CLIPTokenizer(**content, model_max_length=length)
+
+
+def tiny_sd(
+    *, seed: int = 0, width: int = 32, blocks: tuple[int, ...] = (16, 32), **unet: Any
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of about 0.3 M parameters, 16×16 latents, 32×32 images."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    special: dict[str, Any] = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            **special,
+        )
+    )
+    shape: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": blocks,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": width,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    model = UNet2DConditionModel(**shape | unet)
+    autoencoder: dict[str, Any] = dict(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    vae = AutoencoderKL(**autoencoder)
+    parts: dict[str, Any] = dict(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=model,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (text, model, vae):
+        part.eval()
+    return pipe
+
+
+def random_membrane(
+    pipe: Any, concept: str = "ghost", *, rank: int = 1, seed: int = 0, size: float = 0.5, floor: float = 0.99
+) -> Membrane:
+    """A membrane with random factors that fits a tiny pipeline."""
+    from safegen.backend import backend_of
+
+    backend = backend_of(pipe)
+    generator = torch.Generator().manual_seed(seed)
+    factors: dict[str, Factor] = {}
+    for name, module in backend.sites.modules.items():
+        tail = [1, 1] if module.weight.ndim == 4 else []
+        down = size * torch.randn(rank, *module.weight.shape[1:], generator=generator)
+        up = size * torch.randn(module.weight.shape[0], rank, *tail, generator=generator)
+        factors[file_key(name)] = Factor(down, up, float(rank))
+    name = concept.replace("-", " ")
+    return Membrane(concept, (name,), backend.family, backend.sites.architecture, factors, floor=floor)
+
+
+def draw(pipe: Any, prompts: str | Sequence[str], *, seed: int = 0, steps: int = 3, **kwargs: Any) -> Tensor:
+    """Draws with fixed seeds; returns images [n, 3, h, w] in [0, 1]."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    count = len(texts) * int(kwargs.get("num_images_per_prompt", 1))
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(count)]
+    return pipe(texts, num_inference_steps=steps, generator=generators, output_type="pt", **kwargs).images
