@@ -23,13 +23,13 @@ from safegen.mini.autoencoder import encode, train_autoencoder
 from safegen.mini.captions import new_tokenizer
 from safegen.mini.card import write_card
 from safegen.mini.catalogue import OBJECTS, STYLE_NAMES
-from safegen.mini.diffusion import assemble, encode_pictures, train_diffusion
+from safegen.mini.diffusion import Settings, assemble, encode_pictures, train_diffusion
 from safegen.mini.examine import examine
 from safegen.mini.judge import Judge, accuracy, train_judge
 
 AUTOENCODER_STEPS = 2400
 JUDGE_STEPS = 3000
-DIFFUSION_STEPS = 11_000
+DIFFUSION_STEPS = 6_000
 VARIANTS = 10
 SCENES = 8000
 EXAMINED = 1200
@@ -125,14 +125,15 @@ def main(
     console.print(f"judge on held-out pictures: objects {judged['objects']:.1%}, styles {judged['styles']:.1%}")
     tokenizer = new_tokenizer()
     latents = encode_pictures(vae, sprites, work / "latents.pt", variants=VARIANTS, scenes=SCENES)
-    unet, text = train_diffusion(latents, tokenizer, work / "diffusion.pt", steps=diffusion_steps)
+    settings = Settings(steps=diffusion_steps, workers=threads)
+    unet, text = train_diffusion(latents, tokenizer, work / "diffusion.pt", settings)
     pipe = assemble(vae, unet, text, tokenizer).to(dtype=torch.float16)
     shutil.rmtree(out / "weights", ignore_errors=True)
     pipe.save_pretrained(out / "weights", safe_serialization=True)
     judge.save(out / "judge_weights", judged)
     figures = examine(pipe.to(dtype=torch.float32), judge, images=EXAMINED, grid=out / "weights" / "grid.png")
     (out / "weights" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    write_card(out / "weights", figures, judged, steps=diffusion_steps, megabytes=size_of(out / "weights"))
+    write_card(out / "weights", figures, judged, steps=settings.steps, batch=settings.batch, megabytes=size_of(out / "weights"))
     console.print(f"wrote {out}: {size_of(out / 'weights'):.1f} MB of model, {figures}")
 
 

@@ -64,7 +64,7 @@ reconstructions), over {images:.0f} images with fresh seeds, 25 steps, guidance 
 
 ## How it was made
 
-`python -m safegen.mini.build`: {steps:,} steps of 32 captioned latents for U-Net (8.7 M parameters) and text tower
+`python -m safegen.mini.build`: {steps:,} steps of {batch} captioned latents for U-Net (8.7 M parameters) and text tower
 (2 layers, width 192) together, epsilon prediction, min-SNR weights, EMA 0.999; autoencoder with factor 4 and four
 channels. One object×style pair in 20 was left out of training. Weights are fp16, {megabytes:.1f} MB in all.
 Captions name the object ("a fox", "an emoji of a fox"), the style ("… in the style of ink"), or two objects side by
@@ -80,7 +80,7 @@ is shown on it is shown on it alone: it says nothing about larger models. Credit
 
 
 def write_card(
-    folder: Path, figures: Mapping[str, float], judged: Mapping[str, float], *, steps: int, megabytes: float
+    folder: Path, figures: Mapping[str, float], judged: Mapping[str, float], *, steps: int, batch: int, megabytes: float
 ) -> None:
     """Writes `README.md` (the model card) and `CREDITS.md` into the pipeline folder.
 
@@ -89,6 +89,7 @@ def write_card(
         figures: What `examine` returned.
         judged: The judge's accuracy, as `judge.accuracy` returned it.
         steps: Training steps of the U-Net.
+        batch: Latents a step.
         megabytes: Size of the folder in MB.
     """
     card = _CARD.format(
@@ -100,6 +101,7 @@ def write_card(
         judge_styles=judged["styles"],
         judge_n=judged["pictures"],
         steps=steps,
+        batch=batch,
         megabytes=megabytes,
         names=", ".join(o.name for o in OBJECTS),
         **figures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,47 +165,102 @@ def tokenise(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def train_diffusion(
-    latents: Latents, tokenizer: CLIPTokenizer, checkpoint: Path, *, steps: int, batch: int = 32, rate: float = 8e-4
-) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Trains U-Net and text tower to predict the noise in latents (epsilon, min-SNR weights, arXiv 2303.09556).
+class _Denoiser(nn.Module):
+    """U-Net and text tower as one module, so that their gradients are averaged together."""
 
-    Returns:
-        The averaged U-Net and text tower.
+    def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """Predicts the noise in x_t [n, 4, 16, 16] at timesteps t [n] for token ids [n, 32]."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.unet(x_t, t, self.text(ids).last_hidden_state).sample.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of the diffusion stage.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        workers: Processes, one core each; on two cores two of them are 1.5 times as fast as one with two threads.
+        batch: Captioned latents a step, over all processes.
+        rate: Highest learning rate.
     """
+
+    steps: int
+    workers: int = 2
+    batch: int = 48
+    rate: float = 8e-4
+
+
+def _worker(rank: int, settings: Settings, latents: Latents, tokenizer: CLIPTokenizer, checkpoint: Path) -> None:
+    """Runs one process of the data-parallel training; process 0 shows, averages and saves."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = checkpoint.with_suffix(".store")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store.absolute()}", rank=rank, world_size=settings.workers
+    )
     torch.manual_seed(0)
     unet = new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     text = new_text_tower(tokenizer)
     both = nn.ModuleDict({"unet": unet, "text": text})
-    optimizer = torch.optim.AdamW(both.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        both.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     ema = Ema(both, 0.999)
+    model = nn.parallel.DistributedDataParallel(_Denoiser(unet, text))
     alphas = new_scheduler().alphas_cumprod
     sampler = Sampler(latents)
+    size = settings.batch // settings.workers
 
     def step(i: int) -> dict[str, float]:
-        rng = np.random.default_rng([7, i])  # by step, so that a resumed run sees the same batches
-        set_learning_rate(optimizer, rate * trapezoid(i, steps, warmup=200))
-        x0, texts = sampler.batch(batch, rng)
-        ids = tokenise(tokenizer, texts)
-        t = torch.randint(0, 1000, (batch,))
-        eps = torch.randn_like(x0)
+        rng = np.random.default_rng([7, i, rank])  # by step, so that a resumed run sees the same batches
+        noise = torch.Generator().manual_seed(i * settings.workers + rank)
+        set_learning_rate(optimizer, settings.rate * trapezoid(i, settings.steps, warmup=200))
+        x0, texts = sampler.batch(size, rng)
+        t = torch.randint(0, 1000, (size,), generator=noise)
+        eps = torch.randn(x0.shape, generator=noise)
         a = alphas[t].view(-1, 1, 1, 1)
-        x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            states = text(ids).last_hidden_state
-            found = unet(x_t, t, states).sample
-        weight = (MIN_SNR * (1 - alphas[t]) / alphas[t]).clamp(max=1.0)  # min(SNR, 5) / SNR
-        loss = ((found.float() - eps).pow(2).mean(dim=(1, 2, 3)) * weight).mean()
+        found = model(a.sqrt() * x0 + (1 - a).sqrt() * eps, t, tokenise(tokenizer, texts))
+        weight = (MIN_SNR * (1 - alphas[t]) / alphas[t]).clamp(max=1.0)  # min(SNR, 5) / SNR, arXiv 2303.09556
+        loss = ((found - eps).pow(2).mean(dim=(1, 2, 3)) * weight).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.step()
-        ema.update(both)
+        if rank == 0:
+            ema.update(both)
         return {"loss": loss.item()}
 
-    run_steps("diffusion", steps, step, checkpoint=checkpoint, state={"both": both, "optimizer": optimizer, "ema": ema})
+    state: dict[str, Any] = {"both": both, "optimizer": optimizer, "ema": ema}
+    run_steps("diffusion", settings.steps, step, checkpoint=checkpoint, state=state, lead=rank == 0)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train_diffusion(
+    latents: Latents, tokenizer: CLIPTokenizer, checkpoint: Path, settings: Settings
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Trains U-Net and text tower to predict the noise in latents (epsilon); goes on from the checkpoint.
+
+    Returns:
+        The averaged U-Net and text tower.
+    """
+    checkpoint.with_suffix(".store").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(
+        _worker, args=(settings, latents, tokenizer, checkpoint), nprocs=settings.workers, join=True
+    )
+    both = nn.ModuleDict({"unet": new_unet(), "text": new_text_tower(tokenizer)})
+    ema = Ema(both, 0.999)
+    ema.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"])
     both.load_state_dict(ema.shadow)
-    return unet.eval(), text.eval()
+    both.eval()
+    unet: Any = both["unet"]
+    text: Any = both["text"]
+    return unet, text
 
 
 def assemble(

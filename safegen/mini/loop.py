@@ -80,6 +80,7 @@ def run_steps(
     checkpoint: Path,
     state: Mapping[str, Any],
     every: int = 250,
+    lead: bool = True,
 ) -> None:
     """Runs `step(0) … step(steps - 1)`, saving every `every` steps and going on from the last save.
 
@@ -90,6 +91,7 @@ def run_steps(
         checkpoint: Where the state is kept between saves.
         state: Objects with `state_dict` and `load_state_dict` (modules, optimizer, averages).
         every: Steps between saves.
+        lead: False for the further processes of a data-parallel stage: they follow, and neither show nor save.
     """
     start = 0
     if checkpoint.is_file():
@@ -104,6 +106,10 @@ def run_steps(
         content |= {"step": done, "rng": torch.get_rng_state()}
         write_atomically(checkpoint, lambda path: torch.save(content, path))
 
+    if not lead:
+        for i in range(start, steps):
+            step(i)
+        return
     columns = (
         TextColumn(f"{name:<12}"),
         BarColumn(),

@@ -1,0 +1,225 @@
+"""`safegen train`: trains the membrane of one concept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safegen.cli import options
+from safegen.cli.render import progress, say, show
+from safegen.cli.train_plan import TrainingPlan, plan_for
+from safegen.errors import UsageError
+
+if TYPE_CHECKING:
+    from safegen.backend import Backend
+    from safegen.membrane.weights import Membrane
+    from safegen.training.config import TrainConfig
+
+EXAMPLE = (
+    "Examples: safegen train --concept snowman --out my-membranes\n\n"
+    "safegen train --concept van-gogh --model ./my-pipeline --pool captions.txt --iterations 1000"
+)
+
+
+class Anchors(StrEnum):
+    """The choices of `TrainConfig.anchors`, which is not imported here so that `--help` stays quick."""
+
+    PAPER = "paper"
+    NEIGHBOURS = "neighbours"
+
+
+Concept = Annotated[str, typer.Option(help="Concept id of the catalogue: what is erased.")]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(help="Name to erase; may be given several times.", show_default="the concept's name and aliases"),
+]
+Out = Annotated[Path, typer.Option(help="Folder of membranes; this one goes to OUT/<family>/<concept>/.")]
+Surrogate = Annotated[
+    str | None, typer.Option(help="What the concept turns into.", show_default="nothing: it is left out")
+]
+Iterations = Annotated[int | None, typer.Option(help="Training steps.", show_default="400")]
+Eta = Annotated[float | None, typer.Option(help="How hard to erase: eta of SPM Eq. 4.", show_default="1.0")]
+Anchoring = Annotated[
+    float | None, typer.Option(help="How hard to hold the rest in place: lambda of SPM Eq. 8.", show_default="100.0")
+]
+AnchorChoice = Annotated[
+    Anchors | None,
+    typer.Option(help="Captions to hold in place: far ones (SPM Eq. 6) or near ones.", show_default="neighbours"),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of the membrane.", show_default="1")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.001")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the training.", show_default="0")]
+Pool = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Captions of what must stay as it is (.txt, .csv, .jsonl).",
+        show_default="the model mini's own captions, else the names of the catalogue's other concepts",
+    ),
+]
+
+
+def train(
+    concept: Concept,
+    target: Target = None,
+    model: options.Model = options.MINI,
+    revision: options.Revision = None,
+    out: Out = Path("safegen-membranes"),
+    surrogate: Surrogate = None,
+    iterations: Iterations = None,
+    eta: Eta = None,
+    anchoring: Anchoring = None,
+    anchors: AnchorChoice = None,
+    rank: Rank = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    pool: Pool = None,
+) -> None:
+    """Train the membrane of one concept, and write it with a card so that --membranes OUT finds it.
+
+    Prints the path of the membrane. How well it erases, and what else it touches, is not measured here.
+    """
+    options.check_folder(out)
+    plan = plan_for(concept, target or (), pool, model)
+    config = _config(
+        plan,
+        surrogate=surrogate,
+        iterations=iterations,
+        eta=eta,
+        anchoring=anchoring,
+        anchors=anchors.value if anchors else None,
+        rank=rank,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    path = _train_and_write(model, revision, config, plan, out)
+    show(str(path))
+    say(f"use it: safegen generate … --membranes {out} (with a policy that has a rule for {concept!r})")
+
+
+def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan: TrainingPlan, out: Path) -> Path:
+    from safegen.cli.host import load_host
+
+    pipe = load_host(model, revision)
+
+    from safegen.backend import backend_of
+    from safegen.bundle.store import MEMBRANE_FILE
+
+    backend = backend_of(pipe)
+    path = out / backend.family / plan.concept / MEMBRANE_FILE
+    if path.exists():
+        raise UsageError(f"{path}: a membrane is there already; choose another --out, or move it away")
+    held = f"holds {len(plan.pool)} captions in place"
+    say(f"training {plan.concept!r} on {model}: erases {_listed(plan.targets)}, {held}")
+    membrane = _trained(pipe, backend, config, plan)
+    _write(membrane, config, path)
+    return path
+
+
+def _config(plan: TrainingPlan, **given: Any) -> TrainConfig:
+    """Returns the settings; those that are None keep their default.
+
+    Raises:
+        UsageError: A value out of bounds; all of them at once.
+    """
+    from pydantic import ValidationError
+
+    from safegen.training.config import TrainConfig
+
+    chosen = {key: value for key, value in given.items() if value is not None}
+    try:
+        return TrainConfig(concept=plan.concept, targets=plan.targets, templates=plan.templates, **chosen)
+    except ValidationError as error:
+        faults = [
+            f"--{str(fault['loc'][0]).replace('_', '-')} {fault['input']!r}: {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise UsageError("; ".join(faults)) from error
+
+
+def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: TrainingPlan) -> Membrane:
+    """Trains, then calibrates the floor on the captions that the membrane must leave alone."""
+    from safegen.training.recipe import Progress, Trainer
+    from safegen.transport.calibrate import calibrated_floor
+
+    trainer = Trainer(backend, config, plan.pool, pipe.scheduler)
+    started = time.monotonic()
+    with progress("training", config.iterations, lines=True) as step:
+
+        def report(now: Progress) -> None:
+            left = (time.monotonic() - started) / now.iteration * (config.iterations - now.iteration)
+            figures = f"erasing {now.erasing:.3g}  anchoring {now.anchoring:.3g}  {left:.0f} s left"
+            step(now.iteration, figures)
+
+        membrane = trainer.run(report)
+    return replace(membrane, floor=calibrated_floor(backend, membrane.targets, plan.pool))
+
+
+def _write(membrane: Membrane, config: TrainConfig, path: Path) -> None:
+    from safegen.membrane.file import write_membrane
+
+    digest = write_membrane(membrane, path)
+    card = path.with_name("card.md")
+    draft = card.with_name("card.md.part")
+    draft.write_text(card_text(membrane, config, digest), "utf-8")
+    draft.replace(card)
+
+
+def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:
+    """Returns the card of a membrane that `safegen train` made."""
+    from safegen._version import __version__
+
+    settings = config.model_dump(mode="json", exclude={"concept", "targets", "templates"})
+    return _CARD.format(
+        concept=membrane.concept,
+        base=membrane.base,
+        version=__version__,
+        targets=_listed(membrane.targets),
+        surrogate=membrane.surrogate or "nothing (the unconditional prediction)",
+        architecture=membrane.architecture,
+        sites=len(membrane.factors),
+        parameters=membrane.parameter_count(),
+        floor=membrane.floor,
+        sha256=sha256,
+        digest=config.digest(),
+        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items() if key != "surrogate"),
+        templates="\n".join(f'- "{prompt}", without the name "{rest}"' for prompt, rest in config.templates),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+_CARD = """# Membrane: {concept} on {base}
+
+Made by `safegen train` {version}. **No figures were measured by this command**: how well it erases, and what it does to
+other images, is unknown until somebody measures it.
+
+| | |
+|---|---|
+| erases | {targets} |
+| turns it into | {surrogate} |
+| base family | {base} |
+| architecture | `{architecture}` |
+| sites, parameters | {sites}, {parameters:,} |
+| floor | {floor} |
+| sha256 of the file | `{sha256}` |
+| training digest | `{digest}` |
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+
+Prompts around the name:
+
+{templates}
+"""

@@ -1,0 +1,110 @@
+"""What a training needs beside its settings: names, prompts around them, captions to hold in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safegen.cli.options import MINI
+from safegen.cli.render import say
+from safegen.errors import UsageError, did_you_mean
+
+_ALIASES = 3  # names of a concept that are trained on when the caller names none
+
+_THING = (
+    ("{}", ""),
+    ("a photo of {}", "a photo"),
+    ("a picture of {}", "a picture"),
+    ("an image of {}", "an image"),
+    ("a painting of {}", "a painting"),
+    ("a drawing of {}", "a drawing"),
+    ("a close-up of {}", "a close-up"),
+)
+_STYLE = (
+    ("{}", ""),
+    ("{} style", ""),
+    ("in the style of {}", ""),
+    ("a picture in the style of {}", "a picture"),
+    ("a painting in the style of {}", "a painting"),
+    ("a painting by {}", "a painting"),
+    ("a landscape in the style of {}", "a landscape"),
+    ("a portrait in the style of {}", "a portrait"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What one concept's training needs.
+
+    Attributes:
+        concept: Catalogue id.
+        targets: Names to erase, the main one first.
+        templates: Prompts around the name, each with what remains of it.
+        pool: Captions that anchors are drawn from; none of them names a target.
+    """
+
+    concept: str
+    targets: tuple[str, ...]
+    templates: tuple[tuple[str, str], ...]
+    pool: tuple[str, ...]
+
+
+def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str) -> TrainingPlan:
+    """Returns the plan of a training.
+
+    Args:
+        concept: Concept id: of what safegen-mini draws where the model is mini, of the concept catalogue elsewhere.
+        targets: Names to erase in place of the concept's own.
+        pool: File of captions in place of the default ones.
+        model: "mini", a pipeline folder, or a hub id.
+
+    Raises:
+        UsageError: An unknown concept, a blank name, or a pool that names nothing but targets.
+        PromptsFileError: The pool cannot be read.
+    """
+    if any(not target.strip() for target in targets):
+        raise UsageError("--target: a name to erase is blank; expected a name")
+    plan = _mini_plan(concept) if model == MINI else _catalogue_plan(concept)
+    names = tuple(targets) or plan.targets
+    return TrainingPlan(concept, names, plan.templates, _pool(plan.pool, pool, names))
+
+
+def _pool(default: Sequence[str], file: Path | None, names: Sequence[str]) -> tuple[str, ...]:
+    from safegen.prompts import read_prompts
+    from safegen.text import PhraseMatcher
+
+    captions = list(default) if file is None else [row.text for row in read_prompts(file)]
+    matcher = PhraseMatcher(names)
+    kept = tuple(caption for caption in captions if not matcher.find(caption))
+    if len(kept) < len(captions):
+        say(f"{len(captions) - len(kept)} of {len(captions)} captions name the concept and are left out of the pool")
+    if not kept:
+        raise UsageError(f"{file}: every caption names the concept; expected captions of what must stay as it is")
+    return kept
+
+
+def _mini_plan(concept: str) -> TrainingPlan:
+    from safegen.mini import zoo
+    from safegen.mini.catalogue import OBJECT_NAMES, STYLE_NAMES
+
+    known = {name.replace(" ", "-") for name in (*OBJECT_NAMES, *STYLE_NAMES)}
+    if concept not in known:
+        raise UsageError(
+            f"--concept {concept}: the model mini draws nothing of that name.{did_you_mean(concept, known)}"
+        )
+    found = zoo.plan(concept)
+    return TrainingPlan(concept, found.targets, found.templates, found.pool)
+
+
+def _catalogue_plan(concept: str) -> TrainingPlan:
+    from safegen.policy.catalogue import load_catalogue
+
+    catalogue = load_catalogue()
+    found = catalogue.concepts.get(concept)
+    if found is None:
+        hint = did_you_mean(concept, catalogue.concepts)
+        raise UsageError(f"--concept {concept}: the concept catalogue has none of that id.{hint}")
+    others = [other.name for other in catalogue.concepts.values() if other.id != concept]
+    templates = _STYLE if found.category == "artist-style" else _THING
+    return TrainingPlan(concept, (found.name, *found.aliases)[:_ALIASES], templates, tuple(others))

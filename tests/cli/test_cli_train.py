@@ -1,0 +1,108 @@
+"""`safegen train`: a membrane that the other commands find, and a card that says how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_world import HEAD, Run, World, complaint
+
+from safegen.bundle.store import MEMBRANE_FILE
+from safegen.cli.train_plan import plan_for
+from safegen.errors import UsageError
+from safegen.membrane.file import read_membrane
+from safegen.mini import zoo
+
+QUICK = ["--iterations", "2", "--seed", "5", "--rank", "2", "--anchors", "paper", "--surrogate", "a mouse"]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pool") / "pool.txt"
+    path.write_text("the van\na mouse\na photo of a fox\nsanta claus\na mickey\n", "utf-8")
+    return path
+
+
+def test_training_writes_a_membrane_that_the_other_commands_take(
+    run: Run, world: World, pool: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    args = ["--concept", "fox", "--model", world.pipeline, "--pool", str(pool), "--out", str(out), *QUICK]
+    result = run("train", args)
+    assert result.exit_code == 0, result.stderr
+    path = out / world.family / "fox" / MEMBRANE_FILE
+    assert result.stdout == f"{path}\n"
+    assert "training 2/2  erasing " in result.stderr
+    assert "1 of 5 captions name the concept and are left out" in result.stderr
+    membrane = read_membrane(path)
+    settings = json.loads(membrane.metadata["safegen.training"])
+    assert (membrane.concept, membrane.targets, membrane.surrogate) == ("fox", ("fox",), "a mouse")
+    assert (settings["iterations"], settings["seed"], settings["rank"], settings["anchors"]) == (2, 5, 2, "paper")
+    assert 0.6 <= membrane.floor <= 1
+    card = path.with_name("card.md").read_text("utf-8")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    for part in (sha256, membrane.metadata["safegen.training_digest"], f"| floor | {membrane.floor} |", "| seed | 5 |"):
+        assert part in card
+    assert "No figures were measured by this command" in card
+    assert sorted(p.name for p in path.parent.iterdir()) == ["card.md", MEMBRANE_FILE]
+
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(HEAD + "  - {id: no-foxes, concept: fox, category: object}\n", "utf-8")
+    use = ["--model", world.pipeline, "--policy", str(policy), "--membranes", str(out)]
+    found = json.loads(run("audit", "--prompts", "-", use, "--json", stdin="a fox\n").stdout)
+    assert found["prompts"][0]["membranes"][0]["opened"] is True
+
+    again = run("train", args)
+    assert again.exit_code == 2
+    assert "a membrane is there already" in complaint(again)
+
+
+def test_a_training_that_fails_leaves_nothing(
+    run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> float:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safegen.transport.calibrate.calibrated_floor", interrupted)
+    args = ["--concept", "fox", "--model", world.pipeline, "--pool", str(pool), "--out", str(tmp_path / "out"), *QUICK]
+    result = run("train", args)
+    assert result.exit_code == 5
+    assert "unexpected OSError: no space left" in complaint(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_of_a_concept_of_mini_is_that_of_the_zoo() -> None:
+    plan, shipped = plan_for("ghost", (), None, "mini"), zoo.plan("ghost")
+    assert (plan.targets, plan.templates) == (shipped.targets, shipped.templates)
+    assert plan.pool == shipped.pool
+
+
+def test_plan_of_a_catalogue_concept() -> None:
+    artist = plan_for("van-gogh", (), None, "some/model")
+    assert artist.targets == ("Van Gogh", "Vincent van Gogh", "van Gough")
+    assert ("a painting in the style of {}", "a painting") in artist.templates
+    assert not any("gogh" in caption.lower() for caption in artist.pool)
+    thing = plan_for("fox", ("a fox", "vixen"), None, "some/model")
+    assert thing.targets == ("a fox", "vixen")
+    assert ("a photo of {}", "a photo") in thing.templates
+    for prompt, _ in (*artist.templates, *thing.templates):
+        assert prompt.count("{}") == 1
+
+
+def test_a_pool_of_nothing_but_the_concept(tmp_path: Path) -> None:
+    path = tmp_path / "pool.txt"
+    path.write_text("a fox\nfoxes\n", "utf-8")
+    with pytest.raises(UsageError, match="every caption names the concept"):
+        plan_for("fox", (), path, "some/model")
+
+
+def test_inspect_shows_the_training(run: Run, world: World, pool: Path, tmp_path: Path) -> None:
+    args = ["--concept", "fox", "--model", world.pipeline, "--pool", str(pool), "--out", str(tmp_path), *QUICK]
+    path = Path(run("train", args).stdout.strip())
+    found = json.loads(run("inspect", path.parent, "--json").stdout)
+    assert found["training_digest"] == read_membrane(path).metadata["safegen.training_digest"]
+    assert found["ranks"] == [2]
+    shutil.rmtree(path.parent)
