@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,13 +172,14 @@ def progress(label: str, total: int, *, lines: bool = False, beside: bool = Fals
 
 
 def _line_printer(label: str, total: int) -> Step:
-    shown = 0
+    shown, started = 0, time.monotonic()
 
     def step(done: int, figures: str) -> None:
         nonlocal shown
         tenth = 10 * done // total
         if tenth > shown:
             shown = tenth
-            say(f"{label} {done}/{total}  {figures}")
+            left = (time.monotonic() - started) / done * (total - done)
+            say(f"{label} {done}/{total}  {figures}  {left:.0f} s left")
 
     return step

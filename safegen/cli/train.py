@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -149,13 +148,10 @@ def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: TrainingPla
     from safegen.transport.calibrate import calibrated_floor
 
     trainer = Trainer(backend, config, plan.pool, pipe.scheduler)
-    started = time.monotonic()
     with progress("training", config.iterations, lines=True) as step:
 
         def report(now: Progress) -> None:
-            left = (time.monotonic() - started) / now.iteration * (config.iterations - now.iteration)
-            figures = f"erasing {now.erasing:.3g}  anchoring {now.anchoring:.3g}  {left:.0f} s left"
-            step(now.iteration, figures)
+            step(now.iteration, f"erasing {now.erasing:.3g}  anchoring {now.anchoring:.3g}")
 
         membrane = trainer.run(report)
     return replace(membrane, floor=calibrated_floor(backend, membrane.targets, plan.pool))

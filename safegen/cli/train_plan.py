@@ -67,14 +67,15 @@ def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str
         raise UsageError("--target: a name to erase is blank; expected a name")
     plan = _mini_plan(concept) if model == MINI else _catalogue_plan(concept)
     names = tuple(targets) or plan.targets
-    return TrainingPlan(concept, names, plan.templates, _pool(plan.pool, pool, names))
+    captions = plan.pool if pool is None else _read_pool(pool, names)
+    return TrainingPlan(concept, names, plan.templates, captions)
 
 
-def _pool(default: Sequence[str], file: Path | None, names: Sequence[str]) -> tuple[str, ...]:
+def _read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
     from safegen.prompts import read_prompts
     from safegen.text import PhraseMatcher
 
-    captions = list(default) if file is None else [row.text for row in read_prompts(file)]
+    captions = [row.text for row in read_prompts(file)]
     matcher = PhraseMatcher(names)
     kept = tuple(caption for caption in captions if not matcher.find(caption))
     if len(kept) < len(captions):
@@ -99,12 +100,15 @@ def _mini_plan(concept: str) -> TrainingPlan:
 
 def _catalogue_plan(concept: str) -> TrainingPlan:
     from safegen.policy.catalogue import load_catalogue
+    from safegen.text import PhraseMatcher
 
     catalogue = load_catalogue()
     found = catalogue.concepts.get(concept)
     if found is None:
         hint = did_you_mean(concept, catalogue.concepts)
         raise UsageError(f"--concept {concept}: the concept catalogue has none of that id.{hint}")
+    matcher = PhraseMatcher(found.phrases)
     others = [other.name for other in catalogue.concepts.values() if other.id != concept]
+    others = [name for name in others if name in found.benign or not matcher.find(name)]
     templates = _STYLE if found.category == "artist-style" else _THING
     return TrainingPlan(concept, (found.name, *found.aliases)[:_ALIASES], templates, tuple(others))

@@ -154,4 +154,6 @@ def test_no_colour_and_no_bars_off_a_terminal(
     render.warn("look")
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.splitlines() == [f"training {done}/20  loss 1" for done in range(2, 21, 2)] + ["warning: look"]
+    assert shown.err.splitlines() == [f"training {done}/20  loss 1  0 s left" for done in range(2, 21, 2)] + [
+        "warning: look"
+    ]

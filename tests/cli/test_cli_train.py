@@ -92,6 +92,11 @@ def test_plan_of_a_catalogue_concept() -> None:
         assert prompt.count("{}") == 1
 
 
+def test_what_only_sounds_like_the_concept_is_held_in_place() -> None:
+    assert "a hot dog" in plan_for("dog", (), None, "mini").pool
+    assert "hot dog" in plan_for("dog", (), None, "some/model").pool
+
+
 def test_a_pool_of_nothing_but_the_concept(tmp_path: Path) -> None:
     path = tmp_path / "pool.txt"
     path.write_text("a fox\nfoxes\n", "utf-8")
