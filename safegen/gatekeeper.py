@@ -109,6 +109,8 @@ class Gatekeeper:
 
     def decide_texts(self, texts: Sequence[str]) -> list[Decision]:
         """Decides for prompts without drawing: encodes them as the host does."""
+        if not texts:
+            return []
         ids = self._backend.tokenise(texts)
         origins = [Origin(tuple(row), text) for row, text in zip(ids.tolist(), texts, strict=True)]
         return self.decide(self._backend.encode(ids), origins)
@@ -127,7 +129,8 @@ class Gatekeeper:
             return self._unknown(pairs)
         decoded = origin.text is None
         text = origin.text if origin.text is not None else self._backend.text_of(origin.ids)
-        hits = lexical_hits(self.policy, text)
+        readings = self._backend.readings(origin.ids) if decoded else (text,)
+        hits = tuple(dict.fromkeys(hit for reading in readings for hit in lexical_hits(self.policy, reading)))
         activations = tuple(Activation(item, score, score.permeability) for item, score in pairs)
         outcome, rule, reason = self._verdict(activations, hits)
         return Decision(text, decoded, activations, hits, outcome, rule, reason)

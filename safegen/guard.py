@@ -64,6 +64,7 @@ def prepare(
             path = paths[rule.concept.id]
             membrane = read_membrane(path)
             plan(membrane, backend.sites, backend.family)  # refuses here, before anything is attached
+            membrane.check_acts()
             installed.append(Installed(rule, membrane, file_digest(path)))
     return backend, resolved, Gatekeeper(backend, resolved, installed)
 
@@ -148,15 +149,30 @@ class Guard:
         self._text = TextSeam(backend)
         self._recorder = Recorder(log, policy, gatekeeper, injection, family=backend.family, source=_source(pipe))
         self._runs = Runs(backend, gatekeeper, injection, self._text, self._recorder)
-        self._watches = (EncodePromptWatch(pipe, self._text), ImageWatch(pipe, self._runs.drawn))
+        self._watches = (EncodePromptWatch(pipe, self._text, self._runs.prove), ImageWatch(pipe, self._runs.drawn))
         self._state: Literal["applied", "removed"] = "applied"
-        self._recorder.applied()
-        if policy.mode == "disabled":
+        self._attach()
+        try:
+            self._recorder.applied()
+        except BaseException:
+            self._detach()
+            raise
+
+    def _attach(self) -> None:
+        if self.policy.mode == "disabled":
             return
-        injection.attach(self._runs.before, self._runs.after, self._runs.failed)
+        self._injection.attach(self._runs.before, self._runs.after, self._runs.failed)
         self._text.attach()
         for watch in self._watches:
             watch.attach()
+
+    def _detach(self) -> None:
+        if self.policy.mode == "disabled":
+            return
+        self._injection.detach()
+        self._text.detach()
+        for watch in self._watches:
+            watch.detach()
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -182,7 +198,11 @@ class Guard:
         Returns:
             One decision per prompt.
         """
-        return self._gatekeeper.decide_texts(prompts)
+        token = self._text.announce(prompts)  # so that a run in progress does not take them for its own
+        try:
+            return self._gatekeeper.decide_texts(prompts)
+        finally:
+            self._text.end_announcement(token)
 
     def remove(self) -> None:
         """Takes the policy off: the pipeline is as before, bit for bit. Does nothing the second time.
@@ -193,11 +213,7 @@ class Guard:
         """
         if self._state == "removed":
             return
-        if self.policy.mode != "disabled":
-            self._injection.detach()
-            self._text.detach()
-            for watch in self._watches:
-                watch.detach()
+        self._detach()
         self._state = "removed"
         try:
             self._recorder.removed()

@@ -69,11 +69,11 @@ class Recorder:
             raise
 
     def applied(self) -> None:
-        """Records that the policy is in force."""
+        """Records that the policy is in force, after everything was attached; in mode `disabled` nothing is."""
+        disabled = self._policy.mode == "disabled"
         membranes = tuple(_membrane(item) for item in self._gatekeeper.installed)
-        self._keep(
-            "policy.applied", EventFields(policy=self._policy_record, membranes=membranes, attest=self._attest())
-        )
+        attest = AttestRecord(modules_expected=self._sites, modules_seen=0) if disabled else self._attest()
+        self._keep("policy.applied", EventFields(policy=self._policy_record, membranes=membranes, attest=attest))
 
     def removed(self) -> None:
         """Records that the policy was taken off."""

@@ -6,14 +6,14 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safegen.backend.base import Backend, Call
-from safegen.backend.conditioning import Origin, TextSeam, fingerprint
+from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam, fingerprint
 from safegen.backend.injection import Injection, Opening
 from safegen.errors import AttestationError, PromptRefused, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper
@@ -30,8 +30,12 @@ class Run:
         owner: The `Runs` that follows it.
         request: Id that joins the run's records.
         timestep: Timestep of the last call.
-        states: Conditioning of the last call; kept so that a change is noticed.
-        version: Version counter of `states`, which grows when it is written in place.
+        states: Conditioning of the last call.
+        version: Version counter of `states`, which grows when it is written in place; -1 where there is none.
+        kept: Copy of the conditioning that was decided on.
+        foreign: Whether the denoiser reads other conditioning too.
+        seen: What this thread had encoded last.
+        encoding: What holds for this run of all that was encoded for it.
         origins: Where each row came from.
         decisions: One per row.
         permeability: γ, [rows, membranes]; all 0 where the policy only observes.
@@ -48,6 +52,10 @@ class Run:
     timestep: float
     states: Tensor
     version: int
+    kept: Tensor
+    foreign: bool
+    seen: Encoding
+    encoding: Encoding
     origins: list[Origin | None]
     decisions: list[Decision]
     permeability: Tensor
@@ -61,6 +69,20 @@ class Run:
     def effect(self, row: int) -> list[float] | None:
         """Returns the mean measured effect of each membrane on a row; None where nothing was measured."""
         return (self.effects[row] / self.measured).tolist() if self.measured else None
+
+    def reads(self, call: Call) -> bool:
+        """Tells whether a call's conditioning is, in every value, what was decided on."""
+        states = call.states
+        if call.foreign != self.foreign:
+            return False
+        if states is self.states and _version(states) == self.version >= 0:
+            return True
+        self.states, self.version = states, _version(states)
+        return torch.equal(states, self.kept)
+
+
+def _version(states: Tensor) -> int:
+    return -1 if states.is_inference() else states._version
 
 
 _current: ContextVar[Run | None] = ContextVar("safegen_run", default=None)
@@ -87,19 +109,32 @@ class Runs:
             AuditWriteError: The decision could not be recorded.
         """
         call = self._backend.call(args, kwargs)
-        run = _current.get()
-        fresh = run is None or run.owner is not self or run.closed or call.timestep > run.timestep
-        if run is None or fresh:
-            self._prove_attachment()
-            run = self._gate(call, f"req-{uuid.uuid4().hex}")
-        elif call.states is not run.states or call.states._version != run.version:
-            run = self._regate(call, run)
+        run = self._followed(call)
         run.timestep = call.timestep
         _current.set(run)
-        measure = run.calls % _MEASURED_EVERY == 0
+        measure = run.calls % _MEASURED_EVERY == 0 or not run.measured
         return Opening.of(run.permeability, self._gatekeeper.strengths, measure=measure)
 
+    def prove(self) -> None:
+        """Proves, before a run, that the guard is in place; where it is not, that is recorded as a failed run.
+
+        Raises:
+            AttestationError: Says what is not in place.
+        """
+        try:
+            self._prove_attachment()
+        except SafegenError as error:
+            _current.set(None)
+            self.failed(error)
+            raise
+
     def _prove_attachment(self) -> None:
+        replaced = self._backend.replaced
+        if replaced:
+            raise AttestationError(
+                f"pipe.{replaced[0]} was replaced since the policy was applied, and the new one is not guarded; call "
+                "remove() on the Guard and apply the policy again"
+            )
         self._injection.check()
         if not self._seam.attached:
             raise AttestationError(
@@ -107,18 +142,35 @@ class Runs:
                 "read; remove what did that and apply the policy again"
             )
 
-    def _regate(self, call: Call, run: Run) -> Run:
-        """Gates again where the conditioning changed during a run (step callbacks, prompt scheduling)."""
-        same = call.states.shape == run.states.shape and call.states._version == run.version
-        if same and torch.equal(call.states, run.states):
-            run.states = call.states
+    def _followed(self, call: Call) -> Run:
+        """Returns the run that a call belongs to: the one in progress, or a new one.
+
+        A run goes down in timesteps. What was encoded since the last call, and conditioning that changed (step
+        callbacks, prompt scheduling), is decided on and recorded again.
+        """
+        run, seen = _current.get(), self._seam.last()
+        if run is None or run.owner is not self or run.closed or _starts_again(call, run):
+            stale = run is not None and seen is run.seen  # encoded for an earlier run
+            _current.set(None)
+            return self._gate(call, f"req-{uuid.uuid4().hex}", seen, NOTHING if stale else seen)
+        if seen is run.seen and run.reads(call):
             return run
-        again = self._gate(call, run.request)
+        encoding = run.encoding if seen is run.seen else seen.following(run.encoding)
+        again = self._gate(call, run.request, seen, encoding)
         again.started, again.calls, again.fired = run.started, run.calls, run.fired
         return again
 
-    def _gate(self, call: Call, request: str) -> Run:
-        origins = [self._seam.origin(fingerprint(row)) for row in call.states]
+    def _origins(self, call: Call, encoding: Encoding) -> list[Origin | None]:
+        origins = [self._seam.origin(fingerprint(row), encoding) for row in call.states]
+        if call.foreign:  # the words are not all that the denoiser reads
+            origins = [origin if origin is not None and origin.negative else None for origin in origins]
+        if all(origin is not None and origin.negative for origin in origins):  # not guidance: nothing else is drawn
+            return [replace(origin, negative=False) for origin in origins if origin is not None]
+        return origins
+
+    def _gate(self, call: Call, request: str, seen: Encoding, encoding: Encoding) -> Run:
+        self._prove_attachment()
+        origins = self._origins(call, encoding)
         decisions = self._gatekeeper.decide(call.states, origins)
         enforce = self._gatekeeper.policy.mode == "enforce"
         refused = [d for d in decisions if d.outcome == "refuse"]
@@ -133,7 +185,11 @@ class Runs:
             request=request,
             timestep=call.timestep,
             states=call.states,
-            version=call.states._version,
+            version=_version(call.states),
+            kept=call.states.clone(),
+            foreign=call.foreign,
+            seen=seen,
+            encoding=encoding,
             origins=origins,
             decisions=decisions,
             permeability=permeability,
@@ -143,7 +199,11 @@ class Runs:
         return run
 
     def after(self, opening: Opening) -> None:
-        """Counts a finished call and keeps what it measured."""
+        """Counts a finished call and keeps what it measured.
+
+        Raises:
+            AttestationError: A membrane was open, and did nothing.
+        """
         run = _current.get()
         if run is None or run.owner is not self:
             return
@@ -151,6 +211,11 @@ class Runs:
         run.fired += len(opening.fired)
         if opening.effects:
             mean = torch.stack(opening.effects).mean(dim=0)
+            if bool(((mean == 0) & (opening.coefficients != 0)).any()):
+                raise AttestationError(
+                    "a membrane was open, and its measured effect is 0 at every site; its factors are lost in this "
+                    "model's number format, or the membrane is broken"
+                )
             if not run.measured:
                 run.effects = torch.zeros(run.permeability.shape)
             rows = torch.arange(len(run.effects)) if opening.rows is None else opening.rows.cpu()
@@ -174,6 +239,11 @@ class Runs:
             return
         run.closed = True
         self._recorder.generated(run, digests, _rows_of_images(run.origins, len(digests)))
+
+
+def _starts_again(call: Call, run: Run) -> bool:
+    """Tells whether a call begins a run: its timestep goes up, or stays with other conditioning (one-step samplers)."""
+    return call.timestep > run.timestep or (call.timestep == run.timestep and call.states is not run.states)
 
 
 def _rows_of_images(origins: Sequence[Origin | None], images: int) -> list[int]:

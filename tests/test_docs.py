@@ -30,7 +30,7 @@ def test_snippets_of_a_how_to_run_in_order(page: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     for block in _blocks(page, "console"):
         for line in block.splitlines():
-            command = line.removeprefix("$ ").replace("safegen ", f"{shlex.quote(sys.executable)} -m safegen.cli ", 1)
+            command = line.removeprefix("$ ").replace("safegen ", f"{shlex.quote(sys.executable)} -m safegen ", 1)
             done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
             allowed = (0, 1) if "--fail-on" in line else (0,)
             assert done.returncode in allowed, f"{line}\n{done.stdout}\n{done.stderr}"

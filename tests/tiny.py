@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from safegen.audit import HmacKey, Record, read_records
 from safegen.backend.sites import file_key
+from safegen.guard import Guard, apply_policy
+from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Factor, Membrane
 
 WORDS = tuple("a an the of in and style photo ghost robot fox van gogh mouse mickey santa claus nude".split())  # noqa: SIM905
@@ -112,6 +116,90 @@ def random_membrane(
 def draw(pipe: Any, prompts: str | Sequence[str], *, seed: int = 0, steps: int = 3, **kwargs: Any) -> Tensor:
     """Draws with fixed seeds; returns images [n, 3, h, w] in [0, 1]."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(texts)
     count = len(texts) * int(kwargs.get("num_images_per_prompt", 1))
     generators = [torch.Generator().manual_seed(seed + k) for k in range(count)]
     return pipe(texts, num_inference_steps=steps, generator=generators, output_type="pt", **kwargs).images
+
+
+def policy_file(
+    folder: Path,
+    rules: Mapping[str, str] | None = None,
+    *,
+    mode: str = "enforce",
+    on_unknown: str = "open",
+    audit: str = "{text: none}",
+    extra: str = "",
+) -> Path:
+    """Writes a policy with one rule per concept id; a rule's value is its action, and what may follow it."""
+    lines = [
+        "apiVersion: safegen.dev/v1",
+        "kind: Policy",
+        "metadata: {id: tiny, version: 1.0.0}",
+        f"mode: {mode}",
+        f"defaults: {{on_unknown: {on_unknown}{extra}}}",
+        "rules:",
+        *(
+            f"  - {{id: {concept}, concept: {concept}, category: custom, severity: high, action: {action}}}"
+            for concept, action in (rules or {"ghost": "erase"}).items()
+        ),
+        f"audit: {audit}",
+    ]
+    path = folder / f"policy-{len(list(folder.glob('policy-*')))}.yaml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def install(folder: Path, *membranes: Membrane) -> Path:
+    """Writes membranes into a folder laid out as the shipped one; returns its root."""
+    for membrane in membranes:
+        write_membrane(membrane, folder / "membranes" / membrane.base / membrane.concept / "membrane.safetensors")
+    (folder / "membranes").mkdir(exist_ok=True)
+    return folder / "membranes"
+
+
+def state_of(*modules: nn.Module) -> dict[str, Any]:
+    """What must be the same after a policy was taken off: attributes by identity, weights by their bytes, reprs."""
+    found: dict[str, Any] = {}
+    for number, root in enumerate(modules):
+        found[f"{number}: repr"] = repr(root)
+        found |= {f"{number}: {name}": value.clone() for name, value in root.state_dict().items()}
+        for name, module in root.named_modules():
+            found[f"{number}: {name}.__dict__"] = {key: id(value) for key, value in module.__dict__.items()}
+            found[f"{number}: {name} class"] = type(module)
+    return found
+
+
+def same_state(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Compares two results of `state_of`, bit for bit."""
+    if list(before) != list(after):
+        return False
+    return all(
+        torch.equal(value.view(torch.uint8), after[name].view(torch.uint8))
+        if isinstance(value, Tensor) and value.ndim
+        else value == after[name]
+        for name, value in before.items()
+    )
+
+
+def applied(
+    pipe: Any,
+    folder: Path,
+    key: HmacKey,
+    rules: Mapping[str, str] | None = None,
+    *,
+    membranes: Sequence[Membrane] | None = None,
+    **policy: Any,
+) -> Guard:
+    """Puts a policy in force: by default one that erases "ghost" with a random membrane that only words can open."""
+    chosen = [random_membrane(pipe, floor=1.0)] if membranes is None else membranes
+    root = install(folder, *chosen)
+    return apply_policy(
+        pipe, policy_file(folder, rules, **policy), audit=folder / "audit", audit_key=key, membranes=[root]
+    )
+
+
+def records(folder: Path, kind: str | None = None) -> list[Record]:
+    """The audit records of `applied`, all or of one kind."""
+    return [record for record in read_records(folder / "audit") if kind is None or record.kind == kind]

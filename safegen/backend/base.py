@@ -17,11 +17,13 @@ class Call:
 
     Attributes:
         states: Conditioning, [rows, tokens, width]: what the denoiser reads of the prompts.
+        foreign: Whether it reads other conditioning too, which no gate understands (a reference image).
         timestep: The (first) timestep of the call, in the scheduler's own units; falls during a run.
     """
 
     states: Tensor
     timestep: float
+    foreign: bool = False
 
 
 class Backend(TextReader, Protocol):
@@ -50,6 +52,11 @@ class Backend(TextReader, Protocol):
     @property
     def vocabulary(self) -> int:
         """Number of token ids that the text encoder was trained with; an id beyond them has no known meaning."""
+        ...
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of the pipeline's parts that are no longer those that this backend was made for."""
         ...
 
     @property

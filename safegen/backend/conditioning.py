@@ -4,6 +4,9 @@ The denoiser sees embeddings; lexical evidence needs the words. Each row that th
 a fingerprint of its bytes together with its token ids, so that a row that reaches the denoiser later (repeated for
 several images, joined with the unconditional rows) can be traced to its text. A row with no known origin stays unknown,
 and the policy's `on_unknown` decides.
+
+Which row is a negative prompt is not a property of the row: the same words can be a prompt in one call and a negative
+prompt in the next, or in another thread at the same time. It is known per call, from what `encode_prompt` returned.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 from safegen.backend.base import Backend
 
 _ROWS_KEPT = 4096
+
+Texts = Mapping[tuple[int, ...], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +34,38 @@ class Origin:
     Attributes:
         ids: Its token ids.
         text: The caller's own text where the pipeline's `encode_prompt` was seen; None where only the ids are known.
-        negative: Whether it was encoded as a negative (or empty unconditional) prompt.
+        negative: Whether this call of the pipeline uses it as a negative (or empty unconditional) prompt.
     """
 
     ids: tuple[int, ...]
     text: str | None = None
     negative: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """What one thread encoded last; told apart by identity.
+
+    Attributes:
+        texts: The caller's texts by their token ids.
+        prompts: Fingerprints of the rows that `encode_prompt` returned as prompts.
+        negatives: Fingerprints of the rows that it returned as negative prompts, and not as prompts too.
+    """
+
+    texts: Texts = field(default_factory=dict[tuple[int, ...], str])
+    prompts: frozenset[bytes] = frozenset()
+    negatives: frozenset[bytes] = frozenset()
+
+    def following(self, previous: Encoding) -> Encoding:
+        """Returns what holds once this was encoded in the middle of a run that began with `previous`."""
+        if not self.prompts:
+            return self  # encoded by hand: which rows are negative is no longer known
+        return Encoding(
+            {**previous.texts, **self.texts}, self.prompts, (previous.negatives | self.negatives) - self.prompts
+        )
+
+
+NOTHING = Encoding()
 
 
 def fingerprint(row: Tensor) -> bytes:
@@ -43,7 +74,12 @@ def fingerprint(row: Tensor) -> bytes:
     return hashlib.blake2b(values.flatten().float().numpy().tobytes(), digest_size=16).digest()
 
 
-_announced: ContextVar[Mapping[tuple[int, ...], Origin] | None] = ContextVar("safegen_prompts", default=None)
+def _fingerprints(rows: Tensor | None) -> frozenset[bytes]:
+    return frozenset(fingerprint(row) for row in rows) if rows is not None else frozenset()
+
+
+_announced: ContextVar[Texts | None] = ContextVar("safegen_prompts", default=None)
+_last: ContextVar[tuple[object, Encoding] | None] = ContextVar("safegen_encoding", default=None)
 
 
 class TextSeam:
@@ -53,15 +89,18 @@ class TextSeam:
         self._backend = backend
         self._encoder: nn.Module = backend.text_encoder
         self._base = self._encoder.forward
-        self._had = self._encoder.__dict__.get("forward")
+        self._had: Any = None
         self._origins: OrderedDict[bytes, Origin] = OrderedDict()
 
     def attach(self) -> None:
         """Starts to remember."""
+        self._base, self._had = self._encoder.forward, self._encoder.__dict__.get("forward")
         self._encoder.__dict__["forward"] = self
 
     def detach(self) -> None:
-        """Stops; the text encoder is as before."""
+        """Stops; the text encoder is as before. Leaves a stand-in that somebody else has put in place since."""
+        if not self.attached:
+            return
         if self._had is None:
             del self._encoder.__dict__["forward"]
         else:
@@ -72,21 +111,27 @@ class TextSeam:
         """Whether the text encoder still reports here."""
         return self._encoder.__dict__.get("forward") is self
 
-    def announce(self, prompts: Sequence[str], negatives: Sequence[str]) -> Any:
-        """Says which texts are about to be encoded by this thread; returns a token for `end_announcement`.
+    def announce(self, texts: Sequence[str]) -> Token[Texts | None]:
+        """Says which texts are about to be encoded by this thread; returns a token for `end_announcement`."""
+        ids = self._backend.tokenise(texts).tolist() if texts else []
+        return _announced.set({tuple(row): text for row, text in zip(ids, texts, strict=True)})
 
-        A text that is both a prompt and a negative prompt counts as a prompt.
-        """
-        texts: dict[tuple[int, ...], Origin] = {}
-        for group, negative in ((negatives, True), (prompts, False)):
-            if group:
-                for text, ids in zip(group, self._backend.tokenise(group).tolist(), strict=True):
-                    texts[tuple(ids)] = Origin(tuple(ids), text, negative)
-        return _announced.set(texts)
-
-    def end_announcement(self, token: Any) -> None:
+    def end_announcement(self, token: Token[Texts | None]) -> None:
         """Ends what `announce` began."""
         _announced.reset(token)
+
+    def returned(self, prompts: Tensor | None, negatives: Tensor | None) -> None:
+        """Takes note of what `encode_prompt` returned, while its texts are announced.
+
+        A row that is both a prompt and a negative prompt counts as a prompt.
+        """
+        found = _fingerprints(prompts)
+        _last.set((self, Encoding(_announced.get() or {}, found, _fingerprints(negatives) - found)))
+
+    def last(self) -> Encoding:
+        """Returns what this thread encoded last with this text encoder."""
+        seam, encoding = _last.get() or (None, NOTHING)
+        return encoding if seam is self else NOTHING
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the text encoder and remembers its rows."""
@@ -95,22 +140,29 @@ class TextSeam:
         states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if isinstance(ids, Tensor) and isinstance(states, Tensor):
             self._remember(ids.tolist(), states)
+        if _announced.get() is None:
+            _last.set((self, Encoding()))
         return output
 
     def _remember(self, ids: list[list[int]], states: Tensor) -> None:
-        announced = _announced.get() or {}
+        texts = _announced.get() or {}
         for row_ids, row in zip(ids, states, strict=True):
-            key = tuple(row_ids)
-            self._origins[fingerprint(row)] = announced.get(key, Origin(key))
+            key, where = tuple(row_ids), fingerprint(row)
+            self._origins[where] = Origin(key, texts.get(key))
+            self._origins.move_to_end(where)
         while len(self._origins) > _ROWS_KEPT:
             self._origins.popitem(last=False)
 
-    def origin(self, key: bytes) -> Origin | None:
+    def origin(self, key: bytes, encoding: Encoding) -> Origin | None:
         """Returns where a row with this fingerprint came from; None where it is unknown.
 
         Token ids beyond the base vocabulary (textual inversion) make a row unknown: their words say nothing.
+
+        Args:
+            key: The row's fingerprint.
+            encoding: What the run that uses it encoded.
         """
         found = self._origins.get(key)
-        if found is not None and max(found.ids) >= self._backend.vocabulary:
+        if found is None or max(found.ids) >= self._backend.vocabulary:
             return None
-        return replace(found) if found is not None else None
+        return Origin(found.ids, encoding.texts.get(found.ids, found.text), key in encoding.negatives)

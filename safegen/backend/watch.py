@@ -1,7 +1,9 @@
 """What is observed of a pipeline beside its denoiser: the texts it encodes, and the images it draws.
 
-These two only observe. What must not be got round is attached to the denoiser and the text encoder themselves, which
-pipelines share when they are rebuilt (`from_pipe`).
+What must not be got round is attached to the denoiser and the text encoder themselves, which pipelines share when they
+are rebuilt (`from_pipe`). These two add what only the pipeline and its autoencoder can tell; each call of
+`encode_prompt`, with which every run begins, is also the moment to prove that the guarded parts are still the ones that
+the pipeline will run.
 """
 
 from __future__ import annotations
@@ -46,20 +48,25 @@ def _texts(value: Any) -> list[str]:
 
 
 class EncodePromptWatch(_MethodWatch):
-    """Tells the text seam which texts `pipe.encode_prompt` is about to encode, and which of them are negative."""
+    """Tells the text seam which texts `pipe.encode_prompt` encodes, and which rows it returns as negative prompts."""
 
-    def __init__(self, pipe: Any, seam: TextSeam) -> None:
+    def __init__(self, pipe: Any, seam: TextSeam, prove: Callable[[], None]) -> None:
         super().__init__(pipe, "encode_prompt")
         self._seam = seam
+        self._prove = prove
         self._signature = inspect.signature(self._base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs `encode_prompt` with its texts announced."""
+        """Proves that the guard is in place, then runs `encode_prompt` with its texts announced."""
+        self._prove()
         given = self._signature.bind(*args, **kwargs).arguments
         negatives = _texts(given.get("negative_prompt")) or [""]
-        token = self._seam.announce(_texts(given.get("prompt")), negatives)
+        token = self._seam.announce([*negatives, *_texts(given.get("prompt"))])
         try:
-            return self._base(*args, **kwargs)
+            result = self._base(*args, **kwargs)
+            if isinstance(result, tuple) and len(result) == 2:
+                self._seam.returned(*result)
+            return result
         finally:
             self._seam.end_announcement(token)
 

@@ -64,7 +64,7 @@ def stack(factors: Sequence[Factor], like: Tensor) -> Stack:
 
     Args:
         factors: One per membrane, in the order of the coefficients' columns.
-        like: The site's weight.
+        like: The site's input (its weight may be stored in another dtype, or quantised).
     """
     down = torch.cat([f.down.to(like.device, like.dtype) for f in factors], dim=0)
     up = torch.cat([(f.up.to(like.device, torch.float32) * f.scale).to(like.dtype) for f in factors], dim=1)
@@ -87,10 +87,11 @@ def expand(module: Site, h: Tensor, up: Tensor) -> Tensor:
 
 
 def weighted(module: Site, h: Tensor, coefficients: Tensor) -> Tensor:
-    """Multiplies projections by coefficients [rows, K], one per row and stacked rank."""
+    """Multiplies projections by coefficients [rows, K], one per row and stacked rank; 0 leaves a projection out."""
     middle = (1,) * (h.ndim - 2)
     shape = (len(coefficients), *middle, -1) if isinstance(module, nn.Linear) else (*coefficients.shape, *middle)
-    return h * coefficients.to(h.dtype).view(shape)
+    sizes = coefficients.to(h.dtype).view(shape)
+    return (h * sizes).masked_fill(sizes == 0, 0)  # 0·inf is nan, and the row may be open for another membrane
 
 
 def add_delta(module: Site, x: Tensor, y: Tensor, stacked: Stack, coefficients: Tensor, rows: Tensor | None) -> Tensor:

@@ -27,8 +27,9 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
 DTYPES = {"F32", "F16", "BF16"}
 
-_KEY = re.compile(r"^(lora_unet_[A-Za-z0-9_]{1,240})\.(lora_down\.weight|lora_up\.weight|alpha)$")
+_KEY = re.compile(r"(lora_unet_[A-Za-z0-9_]{1,240})\.(lora_down\.weight|lora_up\.weight|alpha)")
 _OWN = ("concept", "targets", "base", "architecture", "surrogate", "floor")
+_WRITTEN = {"format", "prompts", "rank", "alpha", "safegen.format", *(f"safegen.{name}" for name in _OWN)}
 
 
 def file_digest(path: Path) -> str:
@@ -139,7 +140,7 @@ def _checked_header(content: bytes) -> dict[str, str]:
     if len(header) > MAX_TENSORS:
         raise FormatError(f"{len(header)} tensors; expected at most {MAX_TENSORS}")
     for key, entry in header.items():
-        if _KEY.match(key) is None:
+        if _KEY.fullmatch(key) is None:
             raise FormatError(f"tensor {key!r}: expected lora_unet_<site>.lora_down.weight, .lora_up.weight or .alpha")
         if entry.get("dtype") not in DTYPES:
             raise FormatError(f"tensor {key!r} has dtype {entry.get('dtype')}; expected one of {sorted(DTYPES)}")
@@ -149,7 +150,7 @@ def _checked_header(content: bytes) -> dict[str, str]:
 def _assemble(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Membrane:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _KEY.match(name)
+        match = _KEY.fullmatch(name)
         assert match is not None  # _checked_header refused other names
         parts.setdefault(match[1], {})[match[2]] = tensor
     factors: dict[str, Factor] = {}
@@ -167,6 +168,12 @@ def _assemble(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mem
     return _membrane(factors, metadata)
 
 
+def _names(value: object) -> list[str]:
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    raise TypeError(f"safegen.targets is {value!r}, not a list of names")
+
+
 def _membrane(factors: Mapping[str, Factor], metadata: Mapping[str, str]) -> Membrane:
     own = {name: metadata.get(f"safegen.{name}", "") for name in _OWN}
     found_format = metadata.get("safegen.format", FORMAT)
@@ -174,17 +181,13 @@ def _membrane(factors: Mapping[str, Factor], metadata: Mapping[str, str]) -> Mem
         raise FormatError(f"format {found_format!r}; this version of safegen reads {FORMAT!r}")
     prompts = metadata.get("prompts", "")
     try:
-        targets = tuple(str(t) for t in json.loads(own["targets"])) if own["targets"] else (prompts,)
+        targets = tuple(_names(json.loads(own["targets"]))) if own["targets"] else (prompts,)
         floor = float(own["floor"]) if own["floor"] else 1.0
     except (ValueError, TypeError) as error:
         raise FormatError(f"its metadata cannot be read ({error}); expected what write_membrane writes") from error
     if not own["concept"] and not prompts:
         raise FormatError("it names no concept: neither safegen.concept nor prompts is in its metadata")
-    extra = {
-        k: v
-        for k, v in metadata.items()
-        if k not in {"format", "prompts", "rank", "alpha", "safegen.format"} and k.removeprefix("safegen.") not in _OWN
-    }
+    extra = {k: v for k, v in metadata.items() if k not in _WRITTEN}
     return Membrane(
         concept=own["concept"] or prompts,
         targets=targets,

@@ -89,6 +89,17 @@ class Membrane:
         """Number of values in all factors."""
         return sum(f.down.numel() + f.up.numel() for f in self.factors.values())
 
+    def check_acts(self) -> None:
+        """Refuses a membrane that could be opened fully and would still change nothing.
+
+        Raises:
+            FormatError: In every pair, one of the two factors is zero.
+        """
+        if not any(bool(f.down.any()) and bool(f.up.any()) for f in self.factors.values()):
+            raise FormatError(
+                f"membrane {self.concept!r} erases nothing: all its products are zero; train it, or fetch it again"
+            )
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields every factor's tensors with their names in the file."""
         for key, factor in self.factors.items():

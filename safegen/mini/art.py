@@ -198,6 +198,17 @@ def single_box(rng: np.random.Generator) -> Box:
     return Box(float(rng.uniform(0, slack)), float(rng.uniform(0, slack)), float(edge))
 
 
+def steady_box(rng: np.random.Generator) -> Box:
+    """Returns a box for one object as the diffusion model learns it: centred, give or take a pixel.
+
+    The autoencoder and the judge see objects shifted by several pixels (`single_box`); the diffusion model, shown the
+    same, first spends its few steps on blurs that average over all places.
+    """
+    edge = rng.uniform(58, 60)
+    left, top = (SIZE - edge) / 2 + rng.uniform(-1, 1, size=2)
+    return Box(float(left), float(top), float(edge))
+
+
 def scene_boxes(rng: np.random.Generator) -> tuple[Box, Box]:
     """Returns boxes for two objects side by side, each in its half of the canvas."""
     boxes: list[Box] = []

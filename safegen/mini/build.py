@@ -30,7 +30,7 @@ from safegen.mini.judge import Judge, accuracy, train_judge
 AUTOENCODER_STEPS = 2400
 JUDGE_STEPS = 3000
 DIFFUSION_STEPS = 6_000
-VARIANTS = 10
+VARIANTS = 4
 SCENES = 8000
 EXAMINED = 1200
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safegen.mini import captions
-from safegen.mini.art import draw, scene_boxes, single_box
+from safegen.mini.art import draw, scene_boxes, steady_box
 from safegen.mini.autoencoder import encode
 from safegen.mini.catalogue import OBJECTS, STYLE_NAMES, STYLES, is_held_out
 from safegen.mini.loop import Ema, run_steps, set_learning_rate, trapezoid
@@ -58,7 +58,7 @@ def encode_pictures(
     singles = torch.empty(variants, count, len(STYLES), 4, 16, 16)
     for variant in range(variants):
         pictures = [
-            draw([sprites[i, j]], [single_box(rng)], name) for i in range(count) for j, name in enumerate(STYLE_NAMES)
+            draw([sprites[i, j]], [steady_box(rng)], name) for i in range(count) for j, name in enumerate(STYLE_NAMES)
         ]
         singles[variant] = encode(vae, torch.from_numpy(np.stack(pictures))).view(count, len(STYLES), 4, 16, 16)
     parts: list[tuple[int, int, int]] = []

@@ -92,7 +92,7 @@ class Trainer:
             config.concept, config.targets, backend.family, backend.sites.architecture, self._factors, config.surrogate
         )
         self._injection = Injection(backend.denoiser, backend.sites, [self._membrane], backend.family)
-        self._opening: Opening | None = None
+        self._opening = Opening(0, (), torch.zeros(0, 0), None)
         parameters = [p for f in self._factors.values() for p in (f.down, f.up)]
         self._parameters = parameters
         self._optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
@@ -126,8 +126,9 @@ class Trainer:
         return neighbour_weights(cosines, self.config.sharpness, _UNIFORM_SHARE)
 
     def _eps(self, x: Tensor, t: Tensor, states: Tensor, *, opened: bool) -> Tensor:
-        """Predicts noise; with the membrane fully open or left out."""
-        self._opening = Opening((0,), torch.ones(len(x), 1), None) if opened else None
+        """Predicts noise; with the membrane fully open or shut."""
+        membranes = (0,) if opened else ()
+        self._opening = Opening(len(x), membranes, torch.ones(len(x), len(membranes)), None)
         return self.backend.predict(x, t, states)
 
     @torch.no_grad()
@@ -211,11 +212,11 @@ class Trainer:
         Raises:
             TrainingError: The loss is not finite, or the membrane changes nothing.
         """
-        requires = {p: p.requires_grad for p in self.backend.denoiser.parameters()}
-        for p in requires:
-            p.requires_grad_(False)
         self._injection.attach(lambda _args, _kwargs: self._opening, lambda _: None)
+        requires = {p: p.requires_grad for p in self.backend.denoiser.parameters()}
         try:
+            for p in requires:
+                p.requires_grad_(False)
             rows: tuple[Rows, Tensor, Rows] | None = None
             for i in range(self.config.iterations):
                 for group in self._optimizer.param_groups:
@@ -226,9 +227,9 @@ class Trainer:
                 erasing, anchoring = self._iteration(*rows)
                 report(Progress(i + 1, erasing, anchoring))
         finally:
-            self._injection.detach()
             for p, value in requires.items():
                 p.requires_grad_(value)
+            self._injection.detach()
         return self._finished()
 
     def _finished(self) -> Membrane:

@@ -23,6 +23,10 @@ class TextReader(Protocol):
         """Returns the text that a row of token ids stands for: what the model read, without what was cut off."""
         ...
 
+    def readings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Returns the texts that a row of token ids may stand for, `text_of` first, where ids keep less than a text."""
+        ...
+
     def encode(self, ids: Tensor) -> Tensor:
         """Returns the conditioning [n, tokens, width] of token ids [n, tokens], without gradient."""
         ...

@@ -96,7 +96,8 @@ class Gate:
         """
         if not self.targets:
             return [[] for _ in ids]
-        cosines = clip_cosine(states.cpu(), self._states).tolist()
+        # A cosine that is not a number (broken conditioning) counts as full likeness: the gate fails open, never shut.
+        cosines = clip_cosine(states.cpu(), self._states).nan_to_num(nan=1.0).tolist()
         return [self._row(cosine, row) for cosine, row in zip(cosines, ids, strict=True)]
 
     def _row(self, cosine: Sequence[float], ids: Sequence[int] | None) -> list[Score]:
@@ -115,7 +116,8 @@ class Gate:
                 Score(value, None, None, curve(value, target.floor), (), known=False)
                 for value, target in zip(best, self.targets, strict=True)
             ]
-        phrases = self._phrases(self._reader.text_of(ids))
+        readings = [self._phrases(text) for text in self._reader.readings(ids)]
+        phrases = [[phrase for reading in readings for phrase in reading[k]] for k in range(len(best))]
         return [self._known(k, best[k], overlap[k], shared[k], phrases[k]) for k in range(len(best))]
 
     def _known(self, k: int, cosine: float, overlap: float, shared: Sequence[str], phrases: Sequence[str]) -> Score:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ from transformers import CLIPTextModel
 from safegen.backend.base import Call
 from safegen.backend.sites import Sites, find_sites
 from safegen.errors import UnsupportedBackendError
+
+_SPACE_BESIDE_A_MARK = re.compile(r"(?<![^\W\d_]) | (?![^\W\d_])")
+_PARTS = ("unet", "text_encoder", "tokenizer", "vae")
 
 # Cross-attention width and block widths tell the families of this architecture apart.
 _FAMILIES = {
@@ -31,7 +36,12 @@ class StableDiffusion:
         self.pipe = pipe
         self.denoiser: Any = pipe.unet
         self.text_encoder: nn.Module = pipe.text_encoder
-        self.vocabulary = int(pipe.text_encoder.config.vocab_size)
+        # A copy of its own, whose settings stay: a tokenizer whose padding or truncation changes cannot be used by two
+        # threads, and the pipeline changes them in every run.
+        self._tokenizer: Any = copy.deepcopy(pipe.tokenizer)
+        self.tokenise([""])
+        self.vocabulary = self._base_vocabulary()
+        self._parts = {name: getattr(pipe, name, None) for name in _PARTS}
         self.sites: Sites = find_sites(pipe.unet, Transformer2DModel)
         config = pipe.unet.config
         key = (config.cross_attention_dim, tuple(config.block_out_channels))
@@ -49,9 +59,15 @@ class StableDiffusion:
             and unet.config.get("addition_embed_type") is None
         )
 
+    def _base_vocabulary(self) -> int:
+        """Counts the ids with a known meaning: those below the first that was added, save the special ones."""
+        special = set(self._tokenizer.all_special_ids)
+        added = [i for i in self._tokenizer.get_added_vocab().values() if i not in special]
+        return min([int(self.pipe.text_encoder.config.vocab_size), *added])
+
     def tokenise(self, texts: Sequence[str]) -> Tensor:
         """See `Backend`."""
-        tokenizer = self.pipe.tokenizer
+        tokenizer = self._tokenizer
         return tokenizer(
             list(texts),
             padding="max_length",
@@ -62,7 +78,7 @@ class StableDiffusion:
 
     def _real(self, ids: Sequence[int]) -> list[int]:
         """Cuts a row to its real tokens: after the begin token, before the first end token."""
-        tokenizer = self.pipe.tokenizer
+        tokenizer = self._tokenizer
         row = list(ids)
         if row and row[0] == tokenizer.bos_token_id:
             row = row[1:]
@@ -70,17 +86,32 @@ class StableDiffusion:
 
     def words(self, ids: Sequence[int]) -> tuple[tuple[int, str], ...]:
         """See `Backend`."""
-        return tuple((i, self.pipe.tokenizer.decode([i]).strip()) for i in self._real(ids))
+        return tuple((i, self._decoded([i])) for i in self._real(ids))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """See `Backend`."""
-        return self.pipe.tokenizer.decode(self._real(ids)).strip()
+        return self._decoded(self._real(ids))
+
+    def readings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """See `TextReader`. CLIP's tokens end words at every digit and mark, whether or not white space stood there."""
+        text = self.text_of(ids)
+        return tuple(dict.fromkeys((text, _SPACE_BESIDE_A_MARK.sub("", text))))
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        # A copied tokenizer shows the ends of words as they stand in its vocabulary.
+        return self._tokenizer.decode(ids).replace("</w>", " ").strip()
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Tensor:
         """See `Backend`."""
         encoder: Any = self.pipe.text_encoder
         return encoder(ids.to(encoder.device))[0]
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """See `Backend`. A compiled part is still the same part."""
+        now = {name: getattr(self.pipe, name, None) for name in _PARTS}
+        return tuple(name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name])
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -103,4 +134,6 @@ class StableDiffusion:
                 "there and does not let a step pass unread"
             )
         first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
-        return Call(states, float(first) if first is not None else 0.0)
+        images = "image_embeds" in (given.get("added_cond_kwargs") or {})  # IP-Adapter
+        phrases = "gligen" in (given.get("cross_attention_kwargs") or {})
+        return Call(states, float(first) if first is not None else 0.0, images or phrases)
