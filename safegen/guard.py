@@ -162,7 +162,7 @@ class Guard:
         if self.policy.mode == "disabled":
             return
         self._injection.attach(self._runs.before, self._runs.after, self._runs.failed)
-        self._text.attach()
+        self._text.attach(self._runs.prove)
         for watch in self._watches:
             watch.attach()
 

@@ -41,7 +41,14 @@ def _untouched(pipe: Any) -> Any:
 
 def own(pipe: Any) -> dict[str, int]:
     """A pipeline's attributes by identity, without those that diffusers sets in each run."""
-    run = {"_clip_skip", "_cross_attention_kwargs", "_guidance_rescale", "_guidance_scale", "_interrupt", "_num_timesteps"}
+    run = {
+        "_clip_skip",
+        "_cross_attention_kwargs",
+        "_guidance_rescale",
+        "_guidance_scale",
+        "_interrupt",
+        "_num_timesteps",
+    }
     return {key: id(value) for key, value in pipe.__dict__.items() if key not in run}
 
 

@@ -42,11 +42,11 @@ def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
 
 
 def tiny_sd(
-    *, seed: int = 0, width: int = 32, blocks: tuple[int, ...] = (16, 32), **unet: Any
+    *, seed: int = 0, width: int = 32, blocks: tuple[int, ...] = (16, 32), tokens: int = 16, **unet: Any
 ) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline of about 0.3 M parameters, 16×16 latents, 32×32 images."""
     torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(tokens)
     special: dict[str, Any] = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
     text = CLIPTextModel(
         CLIPTextConfig(

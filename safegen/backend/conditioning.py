@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,10 +90,17 @@ class TextSeam:
         self._encoder: nn.Module = backend.text_encoder
         self._base = self._encoder.forward
         self._had: Any = None
+        self._prove: Callable[[], None] = lambda: None
         self._origins: OrderedDict[bytes, Origin] = OrderedDict()
 
-    def attach(self) -> None:
-        """Starts to remember."""
+    def attach(self, prove: Callable[[], None]) -> None:
+        """Starts to remember.
+
+        Args:
+            prove: Called before every encoding that was not announced (a pipeline made with `from_pipe`, the host's own
+                code); raises where the guard is not in place, so that nothing is encoded for a denoiser without one.
+        """
+        self._prove = prove
         self._base, self._had = self._encoder.forward, self._encoder.__dict__.get("forward")
         self._encoder.__dict__["forward"] = self
 
@@ -135,6 +142,8 @@ class TextSeam:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the text encoder and remembers its rows."""
+        if _announced.get() is None:
+            self._prove()
         output = self._base(*args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)

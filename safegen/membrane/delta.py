@@ -113,7 +113,8 @@ def add_delta(module: Site, x: Tensor, y: Tensor, stacked: Stack, coefficients: 
     """
     part = x if rows is None else x.index_select(0, rows)
     delta = expand(module, weighted(module, project(module, part, stacked.down), coefficients), stacked.up)
-    return y + delta if rows is None else y.index_add(0, rows, delta)
+    # A clone keeps the memory layout of `y`, which later kernels, and so the closed rows' last bits, depend on.
+    return y + delta if rows is None else y.clone().index_add_(0, rows, delta)
 
 
 def delta_norms(module: Site, x: Tensor, stacked: Stack, coefficients: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """safegen-mini: a small trained text-to-image model that ships with safegen, and its independent judge.
 
-A stock Stable Diffusion pipeline folder (CLIP text model, U-Net, AutoencoderKL, DDIM) that draws 163 objects in six
+A stock Stable Diffusion pipeline folder (CLIP text model, U-Net, AutoencoderKL, DDIM) that draws 134 objects in six
 styles at 64×64. It exists so that policies, membranes and audits can be tried, tested and measured offline.
 """
 

@@ -86,36 +86,35 @@ STYLES: tuple[Style, ...] = (
 _CHARACTERS = (
     "robot; ghost=phantom; santa claus=father christmas; snowman; ogre; goblin; alien=extraterrestrial; "
     "clown:clown-face; genie; vampire=dracula; zombie; fairy; dragon:dragon-face; unicorn; superhero; wizard:mage; "
-    "elf; troll; ninja; astronaut=spaceman; princess; mrs claus; jack o lantern:jack-o-lantern=pumpkin; skull; "
+    "ninja; astronaut=spaceman; princess; mrs claus; jack o lantern:jack-o-lantern=pumpkin; skull; "
     "space invader:alien-monster; devil:smiling-face-with-horns; t rex:t-rex"
 )
 
 _OTHERS = (
     # animals
-    "fox; panda; cat:cat-face=kitten; dog:dog-face=puppy; mouse:mouse-face; rabbit:rabbit-face=bunny; bear; koala; "
+    "fox; panda; cat:cat-face=kitten; dog:dog-face=puppy; mouse:mouse-face; rabbit:rabbit-face=bunny; koala; "
     "tiger:tiger-face; lion; cow:cow-face; pig:pig-face; frog; monkey:monkey-face; chicken=hen; penguin; owl; duck; "
-    "bat; horse:horse-face; bee:honeybee=bumblebee; butterfly; ladybug:lady-beetle=ladybird; spider; "
-    "scorpion; turtle=tortoise; snake=serpent; octopus; crab; fish; dolphin; whale:spouting-whale; shark; crocodile; "
-    "elephant; flamingo; peacock; "
+    "bee:honeybee=bumblebee; butterfly; ladybug:lady-beetle=ladybird; spider; "
+    "turtle=tortoise; snake=serpent; octopus; crab; fish; whale:spouting-whale; shark; "
+    "elephant; flamingo; "
     # plants and food
-    "rose; sunflower; tulip; cactus; pine tree:evergreen-tree=fir tree; palm tree:palm-tree; mushroom=toadstool; "
+    "rose; sunflower; cactus; pine tree:evergreen-tree=fir tree; palm tree:palm-tree; mushroom=toadstool; "
     "apple:red-apple; banana; grapes; watermelon; lemon; pineapple; "
-    "strawberry; cherries; tomato; avocado; carrot; croissant; hamburger=burger; "
-    "pizza; hot dog:hot-dog; fried egg:cooking; popcorn; ice cream:soft-ice-cream; doughnut=donut; "
-    "cake:birthday-cake; lollipop; coffee:hot-beverage; beer:beer-mug; "
+    "strawberry; cherries; tomato; carrot; hamburger=burger; "
+    "pizza; hot dog:hot-dog; ice cream:soft-ice-cream; doughnut=donut; "
+    "cake:birthday-cake; coffee:hot-beverage; beer:beer-mug; "
     # vehicles and places
-    "rocket=spaceship; airplane=plane; helicopter; sailboat=boat; car:automobile; bus; fire truck:fire-engine; "
+    "rocket=spaceship; airplane=plane; helicopter; sailboat=boat; car:automobile; bus; "
     "bicycle=bike; motorcycle=motorbike; locomotive=train; flying saucer:flying-saucer=ufo; house=home; "
-    "castle; ferris wheel:ferris-wheel; volcano; mountain:snow-capped-mountain; "
+    "castle; volcano; mountain:snow-capped-mountain; "
     # things
-    "guitar; violin; trumpet; drum; microphone:studio-microphone; camera; television=tv; telephone; laptop; "
-    "light bulb:light-bulb; candle; book:open-book; key; lock:locked=padlock; hammer; axe; dagger=knife; shield; "
-    "bomb; crown; top hat:top-hat; sunglasses; ring; diamond:gem-stone=gem; umbrella:umbrella-with-rain-drops; "
+    "guitar; drum; camera; television=tv; laptop; "
+    "light bulb:light-bulb; candle; book:open-book; key; lock:locked=padlock; hammer; dagger=knife; "
+    "bomb; crown; top hat:top-hat; sunglasses; diamond:gem-stone=gem; umbrella:umbrella-with-rain-drops; "
     "balloon; gift:wrapped-gift=present; trophy; soccer ball:soccer-ball=football; basketball; dice:game-die; "
-    "teddy bear:teddy-bear; telescope; scissors; pencil; envelope; bell; anchor; "
-    "hourglass:hourglass-not-done; alarm clock:alarm-clock; globe:globe-showing-americas=earth; "
-    "moon:crescent-moon; sun; star; cloud; rainbow; snowflake; fire=flame; heart:red-heart; dress; "
-    "t shirt:t-shirt; toilet; shopping cart:shopping-cart"
+    "teddy bear:teddy-bear; scissors; pencil; envelope; bell; anchor; "
+    "alarm clock:alarm-clock; globe:globe-showing-americas=earth; "
+    "moon:crescent-moon; sun; star; cloud; rainbow; snowflake; fire=flame; heart:red-heart; dress"
 )
 
 
@@ -145,6 +144,22 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeio' or name == 'umbrella' else 'a'} {name}"
 
 
+# Object×style pairs that are left out of training: they show whether the model composes or only recalls.
+_HELD_OUT: dict[str, str] = {
+    "noto": "vampire; cat; ladybug; palm tree; doughnut; mountain; crown; alarm clock",
+    "popart": "lion; fish; pineapple; helicopter; television; gift; snowflake",
+    "clay": "snowman; skull; owl; hamburger; locomotive; lock; scissors",
+    "ink": "zombie; dog; spider; mushroom; cake; guitar; top hat; globe",
+    "blueprint": "cow; strawberry; sailboat; trophy; fire",
+    "pixel": "ogre; space invader; duck; rose; pizza; flying saucer; hammer; pencil",
+}
+_HELD_OUT_PAIRS = frozenset(
+    (OBJECT_NAMES.index(name), STYLE_NAMES.index(style))
+    for style, names in _HELD_OUT.items()
+    for name in names.split("; ")
+)
+
+
 def is_held_out(object_index: int, style_index: int) -> bool:
-    """Tells whether this object×style pair is left out of training (one in 20, spread evenly over both)."""
-    return (object_index * 7 + style_index * 11) % 20 == 3
+    """Tells whether this object×style pair is left out of training (one in 20, spread over objects and styles)."""
+    return (object_index, style_index) in _HELD_OUT_PAIRS

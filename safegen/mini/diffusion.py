@@ -22,7 +22,7 @@ from safegen.mini.catalogue import OBJECTS, STYLE_NAMES, STYLES, is_held_out
 from safegen.mini.loop import Ema, run_steps, set_learning_rate, trapezoid
 
 TEXT_WIDTH = 192
-SCENE_SHARE = 0.15
+SCENE_SHARE = 0.1
 BARE_SHARE = 0.3
 STYLE_ALONE_SHARE = 0.05
 UNCONDITIONAL_SHARE = 0.1

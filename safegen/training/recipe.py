@@ -84,7 +84,10 @@ class Trainer:
         if not pool:
             raise TrainingError("the anchor pool is empty; expected captions of what the membrane must leave alone")
         self.backend, self.config = backend, config
-        self._scheduler: Any = DDIMScheduler.from_config(scheduler.config)
+        # Leading steps, so that each DDIM step ends exactly at the next timestep; latents are never clipped.
+        self._scheduler: Any = DDIMScheduler.from_config(
+            scheduler.config, timestep_spacing="leading", clip_sample=False, thresholding=False
+        )
         self._generator = torch.Generator().manual_seed(config.seed)
         self._rng = np.random.default_rng(config.seed)
         self._factors = self._new_factors()

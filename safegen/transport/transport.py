@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safegen.text import normalise
 from safegen.transport.encoding import TextReader
 from safegen.transport.scores import clip_cosine, shared_tokens, token_overlap
 
@@ -104,7 +105,8 @@ class Gate:
         best = [-1.0] * len(self.targets)
         overlap = [0.0] * len(self.targets)
         shared: list[tuple[str, ...]] = [()] * len(self.targets)
-        words = self._reader.words(ids) if ids is not None else ()
+        readings = self._reader.readings(ids) if ids is not None else ()
+        words = self._words(ids, readings) if ids is not None else ()
         tokens = {token for token, _ in words}
         for (k, _), value, wanted in zip(self._names, cosine, self._tokens, strict=True):
             best[k] = max(best[k], value)
@@ -116,9 +118,15 @@ class Gate:
                 Score(value, None, None, curve(value, target.floor), (), known=False)
                 for value, target in zip(best, self.targets, strict=True)
             ]
-        readings = [self._phrases(text) for text in self._reader.readings(ids)]
-        phrases = [[phrase for reading in readings for phrase in reading[k]] for k in range(len(best))]
+        found_in = [self._phrases(text) for text in readings]
+        phrases = [[phrase for found in found_in for phrase in found[k]] for k in range(len(best))]
         return [self._known(k, best[k], overlap[k], shared[k], phrases[k]) for k in range(len(best))]
+
+    def _words(self, ids: Sequence[int], readings: Sequence[str]) -> tuple[tuple[int, str], ...]:
+        """Returns a row's tokens, and those that it would have if it were spelled plainly."""
+        plain = dict.fromkeys(text for reading in readings if (text := normalise(reading)) != reading)
+        rows = self._reader.tokenise(list(plain)).tolist() if plain else []
+        return tuple(word for row in (ids, *rows) for word in self._reader.words(row))
 
     def _known(self, k: int, cosine: float, overlap: float, shared: Sequence[str], phrases: Sequence[str]) -> Score:
         floor = self.targets[k].floor

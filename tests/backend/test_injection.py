@@ -140,7 +140,8 @@ def test_an_exception_inside_the_denoiser_leaves_nothing_open(pipe: Any) -> None
 
 def test_a_site_that_runs_outside_of_the_guarded_forward_refuses(pipe: Any) -> None:
     name, module = next(iter(backend_of(pipe).sites.modules.items()))
-    x = torch.zeros(1, module.weight.shape[1], 4, 4) if module.weight.ndim == 4 else x
+    assert module.weight.ndim == 4
+    x = torch.zeros(1, module.weight.shape[1], 4, 4)
     with opened(pipe, [random_membrane(pipe)], torch.zeros(3, 1)), pytest.raises(AttestationError, match=name):
         module(x)
     module(x)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from tiny import random_membrane, state_of, same_state, tiny_sd
+from tiny import random_membrane, same_state, state_of, tiny_sd
 from torch import nn
 
 from safegen.backend import backend_of

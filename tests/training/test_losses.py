@@ -1,0 +1,106 @@
+"""The losses and the anchors' distributions against the paper's formulas, written out in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from safegen.training.anchors import neighbour_weights, paper_weights, standardised
+from safegen.training.config import TrainConfig
+from safegen.training.losses import anchoring_loss, erasing_loss, erasing_target
+
+RNG = np.random.default_rng(0)
+OPEN, SURROGATE, TARGET = (RNG.normal(size=(3, 4, 5, 5)) for _ in range(3))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
+def test_the_erasing_loss_is_eq_4(eta: float) -> None:
+    found = erasing_loss(*(torch.tensor(a) for a in (OPEN, SURROGATE, TARGET)), eta)
+    assert found.item() == pytest.approx(np.mean((OPEN - SURROGATE + eta * (TARGET - SURROGATE)) ** 2))
+
+
+def test_the_erasing_target_lies_beyond_the_surrogate_as_seen_from_the_target() -> None:
+    surrogate, target = torch.tensor(SURROGATE), torch.tensor(TARGET)
+    assert torch.equal(erasing_target(surrogate, target, 0.0), surrogate)
+    torch.testing.assert_close(erasing_target(surrogate, target, 1.0), 2 * surrogate - target)
+    assert erasing_loss(erasing_target(surrogate, target, 2.0), surrogate, target, 2.0) == 0
+
+
+def test_the_anchoring_loss_is_eq_7() -> None:
+    found = anchoring_loss(torch.tensor(OPEN), torch.tensor(TARGET))
+    assert found.item() == pytest.approx(np.mean((OPEN - TARGET) ** 2))
+    assert anchoring_loss(torch.tensor(OPEN), torch.tensor(OPEN)) == 0
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
+def test_eq_6(alpha: float) -> None:
+    cosines = np.array([-0.9, -0.1, 0.0, 0.5, 1.0])
+    wanted = (1 - np.abs(cosines)) ** alpha
+    found = paper_weights(torch.tensor(cosines), alpha)
+    np.testing.assert_allclose(found.numpy(), wanted / wanted.sum())
+    assert found[4] == 0  # the target itself is never an anchor
+
+
+def test_eq_6_with_alpha_0_and_without_any_weight_is_uniform() -> None:
+    for found in (paper_weights(torch.tensor([0.1, 0.9]), 0.0), paper_weights(torch.tensor([1.0, -1.0]), 1.0)):
+        assert found.tolist() == [0.5, 0.5]
+
+
+@given(
+    cosines=st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=20),
+    sharpness=st.floats(0, 10),
+    uniform=st.floats(0, 1),
+)
+def test_neighbours_are_a_distribution_with_a_uniform_share(
+    cosines: list[float], sharpness: float, uniform: float
+) -> None:
+    found = neighbour_weights(torch.tensor(cosines), sharpness, uniform)
+    assert found.sum().item() == pytest.approx(1, abs=1e-4)
+    assert found.min() >= uniform / len(cosines) - 1e-6
+    order = np.argsort(cosines, kind="stable")
+    assert (np.diff(found.numpy()[order]) >= -1e-6).all()  # nearer concepts are drawn at least as often
+
+
+def test_neighbours_written_out() -> None:
+    cosines = np.array([0.2, 0.5, 0.9])
+    z = (cosines - cosines.mean()) / cosines.std(ddof=1)
+    np.testing.assert_allclose(standardised(torch.tensor(cosines)).numpy(), z)
+    near = np.exp(1.5 * z) / np.exp(1.5 * z).sum()
+    np.testing.assert_allclose(neighbour_weights(torch.tensor(cosines), 1.5, 0.3).numpy(), 0.7 * near + 0.1)
+
+
+def test_settings_are_strict_and_their_digest_covers_every_field() -> None:
+    plain = TrainConfig(concept="ghost", targets=("ghost",))
+    assert plain.digest() == TrainConfig(concept="ghost", targets=("ghost",)).digest()
+    assert len(plain.digest()) == 64
+    changes: dict[str, object] = dict(
+        concept="fox",
+        targets=("a",),
+        surrogate="x",
+        templates=(("a {}", "a"),),
+        rank=2,
+        alpha=2.0,
+        eta=2.0,
+        anchoring=1.0,
+        anchors="paper",
+        anchor_alpha=2.0,
+        sharpness=1.0,
+        iterations=1,
+        learning_rate=1.0,
+        batch=1,
+        anchor_batch=1,
+        trajectory_steps=2,
+        trajectory_guidance=1.0,
+        reuse=1,
+        seed=1,
+    )
+    assert changes.keys() == TrainConfig.model_fields.keys()
+    digests = {plain.model_copy(update={name: value}).digest() for name, value in changes.items()}
+    assert len(digests | {plain.digest()}) == len(changes) + 1
+    for wrong in ({"iterationz": 1}, {"rank": 0}, {"targets": ()}, {"learning_rate": 0}, {"eta": -1}):
+        with pytest.raises(ValidationError):
+            TrainConfig.model_validate({"concept": "ghost", "targets": ("ghost",)} | wrong)
