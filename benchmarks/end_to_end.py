@@ -47,10 +47,12 @@ class Floor:
 
     @classmethod
     def at_least(cls, name: str, value: float, floor: float) -> Floor:
+        """A number that must not be lower."""
         return cls(name, round(value, 4), floor, value >= floor)
 
     @classmethod
     def at_most(cls, name: str, value: float, floor: float) -> Floor:
+        """A number that must not be higher."""
         return cls(name, round(value, 4), floor, value <= floor)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +27,23 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("SAFEGEN_AUDIT_DIR", raising=False)
     monkeypatch.delenv("SAFEGEN_AUDIT_KEY", raising=False)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """A tiny pipeline, shared by the tests of a module."""
+    from tiny import tiny_sd  # here, so that tests without a model start without torch
+
+    return tiny_sd()
+
+
+@pytest.fixture
+def untouched(pipe: Any) -> Iterator[None]:
+    """Proves that a test leaves the shared pipeline as it was, bit for bit."""
+    from tiny import attributes, same_state, state_of
+
+    parts = (pipe.unet, pipe.text_encoder, pipe.vae)
+    before, kept = state_of(*parts), attributes(pipe)
+    yield
+    assert same_state(before, state_of(*parts)), "the test left something behind on the pipeline"
+    assert attributes(pipe) == kept

@@ -5,25 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import applied, draw, random_membrane, records, tiny_sd
+from tiny import applied, draw, random_membrane, records, skipped, tiny_sd
 
 from safegen import Guard, PromptRefused, verify
-from safegen.audit import HmacKey, Record
+from safegen.audit import HmacKey, MembraneRecord, Record
 from safegen.errors import AttestationError, AuditWriteError, CoverageError
 
 CANARY = "zanzibar"
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return tiny_sd()
 
 
 def pil(pipe: Any, prompts: list[str], **options: Any) -> list[Any]:
@@ -34,6 +29,10 @@ def pil(pipe: Any, prompts: list[str], **options: Any) -> list[Any]:
 
 def prompt_of(record: Record) -> str | None:
     return record.prompt.hmac if record.prompt else None
+
+
+def membranes_of(record: Record) -> list[MembraneRecord]:
+    return list(record.membranes or ())
 
 
 def test_digests_are_those_of_the_returned_images(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:
@@ -69,10 +68,12 @@ def test_digests_do_not_depend_on_the_form_of_the_output(
 
 def test_every_prompt_is_gated_before_anything_is_drawn(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:
     seen: list[list[str]] = []
+
+    def look(_module: Any, _args: Any) -> None:
+        seen.append([r.kind for r in records(tmp_path)][2:])
+
     with applied(pipe, tmp_path, audit_key):
-        handle = pipe.unet.conv_in.register_forward_pre_hook(
-            lambda *_: seen.append([r.kind for r in records(tmp_path)][2:])
-        )
+        handle = pipe.unet.conv_in.register_forward_pre_hook(look)
         draw(pipe, ["a ghost", "a fox"])
         handle.remove()
     assert seen == [["gated", "gated"]] * 3
@@ -105,12 +106,12 @@ def test_what_stands_in_the_records(pipe: Any, tmp_path: Path, audit_key: HmacKe
         assert record.policy.digest == f"sha256:{guard.policy.digest}"
         assert record.attest is not None
         assert (record.attest.modules_expected, record.attest.modules_seen) == (48, 48)
-        (found,) = record.membranes or ()
+        (found,) = membranes_of(record)
         assert (found.rule, found.concept, found.strength) == ("ghost", "ghost", 0.5)
         assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
         assert record.runtime is not None
         assert record.runtime.torch == torch.__version__
-    (found,) = gated.membranes or ()
+    (found,) = membranes_of(gated)
     assert (found.permeability, found.opened, found.effect) == (1.0, True, None)
     assert found.score is not None
     assert (found.score.token, found.score.lexical) == (1.0, 1.0)
@@ -119,7 +120,7 @@ def test_what_stands_in_the_records(pipe: Any, tmp_path: Path, audit_key: HmacKe
     assert gated.action is not None
     assert (gated.action.type, gated.action.enforced) == ("erase", True)
     assert [(h.rule, h.text) for h in gated.hits or ()] == [("ghost", None), ("fox", None)]
-    (found,) = generated.membranes or ()
+    (found,) = membranes_of(generated)
     assert found.effect is not None
     assert found.effect > 0
     assert generated.attest is not None
@@ -197,7 +198,7 @@ def test_a_stopped_run_is_recorded_under_its_own_request(pipe: Any, tmp_path: Pa
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
     with applied(pipe, tmp_path, audit_key):
         draw(pipe, "a fox")
-        block.attn2.forward = lambda hidden, *_a, **_k: hidden
+        block.attn2.forward = skipped
         with pytest.raises(CoverageError):
             draw(pipe, "the fox")
         del block.attn2.__dict__["forward"]
@@ -239,7 +240,7 @@ def test_a_membrane_that_is_open_and_does_nothing_stops_the_run(pipe: Any, tmp_p
 
 
 @contextmanager
-def full_disk(guard: Guard) -> Iterator[None]:
+def full_disk(guard: Guard) -> Generator[None]:
     """Lets no file grow beyond the log's present size."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (guard.audit_path.stat().st_size, limits[1]))
@@ -252,7 +253,11 @@ def full_disk(guard: Guard) -> Iterator[None]:
 def steps_of(pipe: Any) -> list[int]:
     """Counts the steps that begin from now on."""
     steps: list[int] = []
-    pipe.unet.conv_in.register_forward_pre_hook(lambda *_: steps.append(1))
+
+    def count(_module: Any, _args: Any) -> None:
+        steps.append(1)
+
+    pipe.unet.conv_in.register_forward_pre_hook(count)
     return steps
 
 

@@ -66,7 +66,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_main_job_runs_from_the_wheel_offline(installed: Path, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "HF_HUB_OFFLINE"}}
     env |= {"XDG_CONFIG_HOME": str(tmp_path / "config")}
-    done = subprocess.run([installed, "-c", MAIN_JOB], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [installed, "-c", MAIN_JOB], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["home"].startswith(str(installed.parent.parent))
@@ -77,7 +79,8 @@ def test_main_job_runs_from_the_wheel_offline(installed: Path, tmp_path: Path) -
 
 def test_shipped_policies_and_membranes_are_found_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from safegen.policy.load import shipped_policies, load_policy; from safegen.bundle.store import MembraneStore; "
+        "from safegen.policy.load import shipped_policies, load_policy; "
+        "from safegen.bundle.store import MembraneStore; "
         "print(shipped_policies(), load_policy('strict').metadata.id, sorted(MembraneStore().installed('mini')))"
     )
     done = subprocess.run([installed, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -43,7 +43,7 @@ def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
 
 def tiny_sd(
     *, seed: int = 0, width: int = 32, blocks: tuple[int, ...] = (16, 32), tokens: int = 16, **unet: Any
-) -> StableDiffusionPipeline:
+) -> Any:
     """A Stable Diffusion pipeline of about 0.3 M parameters, 16×16 latents, 32×32 images."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(tokens)
@@ -203,3 +203,32 @@ def applied(
 def records(folder: Path, kind: str | None = None) -> list[Record]:
     """The audit records of `applied`, all or of one kind."""
     return [record for record in read_records(folder / "audit") if kind is None or record.kind == kind]
+
+
+def attributes(pipe: Any) -> dict[str, int]:
+    """A pipeline's attributes by identity, without those that diffusers sets in each run."""
+    run = {"_clip_skip", "_cross_attention_kwargs", "_guidance_rescale", "_guidance_scale", "_interrupt"}
+    return {key: id(value) for key, value in pipe.__dict__.items() if key not in run | {"_num_timesteps"}}
+
+
+def rowwise(first: Tensor, second: Tensor) -> list[bool]:
+    """For each image, whether the two are equal bit for bit."""
+    return [torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+
+
+def embeds(pipe: Any, text: str) -> Tensor:
+    """Conditioning of one prompt, made by the pipeline itself."""
+    return pipe.encode_prompt(text, "cpu", 1, False)[0]
+
+
+def draw_embeds(pipe: Any, prompt: Tensor, **options: Any) -> Tensor:
+    """Draws from embeddings, with fixed seeds; the negative embeddings are zero."""
+    negative = torch.zeros_like(prompt) if options.get("guidance_scale", 2) > 1 else None
+    generators = [torch.Generator().manual_seed(k) for k in range(len(prompt))]
+    values: dict[str, Any] = dict(num_inference_steps=3, output_type="pt", generator=generators) | options
+    return pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, **values).images
+
+
+def skipped(hidden: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """A `forward` that does nothing: for layers that a host leaves out."""
+    return hidden

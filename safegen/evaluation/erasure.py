@@ -1,4 +1,4 @@
-"""What membranes do on safegen-mini: prompts that name a concept, its neighbours, and the rest, judged before and after.
+"""What membranes do on safegen-mini: prompts that name a concept, its neighbours, and the rest, before and after.
 
 The judge is independent (`safegen.mini.judge`): neither gates nor trainings use it.
 """

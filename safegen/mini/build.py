@@ -133,7 +133,14 @@ def main(
     judge.save(out / "judge_weights", judged)
     figures = examine(pipe.to(dtype=torch.float32), judge, images=EXAMINED, grid=out / "weights" / "grid.png")
     (out / "weights" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    write_card(out / "weights", figures, judged, steps=settings.steps, batch=settings.batch, megabytes=size_of(out / "weights"))
+    write_card(
+        out / "weights",
+        figures,
+        judged,
+        steps=settings.steps,
+        batch=settings.batch,
+        megabytes=size_of(out / "weights"),
+    )
     console.print(f"wrote {out}: {size_of(out / 'weights'):.1f} MB of model, {figures}")
 
 

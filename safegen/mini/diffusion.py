@@ -207,9 +207,7 @@ def _worker(rank: int, settings: Settings, latents: Latents, tokenizer: CLIPToke
     unet = new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     text = new_text_tower(tokenizer)
     both = nn.ModuleDict({"unet": unet, "text": text})
-    optimizer = torch.optim.AdamW(
-        both.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(both.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema(both, 0.999)
     model = nn.parallel.DistributedDataParallel(_Denoiser(unet, text))
     alphas = new_scheduler().alphas_cumprod

@@ -130,15 +130,14 @@ it (`benchmarks/end_to_end.py`). It opens from a score of {floor} (calibrated: n
 
 ## How it was made
 
-`python -m safegen.mini.train_zoo --concept {concept}`, SPM's erasing loss with latent anchoring (docs/reference/training.md):
+`python -m safegen.mini.train_zoo --concept {concept}`, SPM's erasing loss with latent anchoring
+([reference](../../../docs/reference/training.md)):
 {iterations} iterations in {seconds:.0f} s on {threads} cores, rank {rank}, η = {eta}, λ = {anchoring}, anchors drawn by
 `{anchors}`. Settings digest `{settings}`. File sha256 `{sha256}`, {parameters:,} values.
 """
 
 
-def write_card(
-    path: Path, membrane: Membrane, config: TrainConfig, figures: dict[str, float], **facts: Any
-) -> None:
+def write_card(path: Path, membrane: Membrane, config: TrainConfig, figures: dict[str, float], **facts: Any) -> None:
     """Writes `card.md` beside a membrane."""
     path.write_text(
         _CARD.format(

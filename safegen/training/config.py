@@ -16,26 +16,26 @@ class TrainConfig(BaseModel):
 
     concept: str = Field(min_length=1, description="Catalogue id of what is erased.")
     targets: tuple[str, ...] = Field(min_length=1, description="Names to erase, the main one first.")
-    surrogate: str = Field("", description="What the target turns into; empty for the unconditional prediction.")
+    surrogate: str = Field(default="", description="What the target turns into; empty: the unconditional prediction.")
     templates: tuple[tuple[str, str], ...] = Field(
-        (("{}", ""),),
+        default=(("{}", ""),),
         min_length=1,
         description="Prompts around the target's name, each with what remains of it once the name is erased.",
     )
-    rank: int = Field(1, ge=1, le=64)
-    alpha: float = Field(1.0, gt=0)
-    eta: float = Field(1.0, ge=0, description="η of SPM Eq. 4.")
-    anchoring: float = Field(100.0, ge=0, description="λ of SPM Eq. 8.")
-    anchors: Literal["paper", "neighbours"] = Field("neighbours", description="Distribution of anchors.")
-    anchor_alpha: float = Field(1.0, ge=0, description="α of SPM Eq. 6; read by `anchors: paper`.")
-    sharpness: float = Field(1.5, ge=0, description="κ of `anchors: neighbours`.")
-    iterations: int = Field(400, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    batch: int = Field(4, ge=1, description="Target rows an iteration.")
-    anchor_batch: int = Field(12, ge=1, description="Anchor rows an iteration; one of them is the empty prompt.")
-    trajectory_steps: int = Field(12, ge=2, description="Sampler steps of the trajectories that x_t is taken from.")
-    trajectory_guidance: float = Field(3.0, ge=1, description="Guidance of these trajectories.")
-    reuse: int = Field(8, ge=1, description="Iterations that share one set of trajectories.")
+    rank: int = Field(default=1, ge=1, le=64)
+    alpha: float = Field(default=1.0, gt=0)
+    eta: float = Field(default=1.0, ge=0, description="η of SPM Eq. 4.")
+    anchoring: float = Field(default=100.0, ge=0, description="λ of SPM Eq. 8.")
+    anchors: Literal["paper", "neighbours"] = Field(default="neighbours", description="Distribution of anchors.")
+    anchor_alpha: float = Field(default=1.0, ge=0, description="α of SPM Eq. 6; read by `anchors: paper`.")
+    sharpness: float = Field(default=1.5, ge=0, description="κ of `anchors: neighbours`.")
+    iterations: int = Field(default=400, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch: int = Field(default=4, ge=1, description="Target rows an iteration.")
+    anchor_batch: int = Field(default=12, ge=1, description="Anchor rows an iteration, one of them the empty prompt.")
+    trajectory_steps: int = Field(default=12, ge=2, description="Sampler steps of the trajectories that give x_t.")
+    trajectory_guidance: float = Field(default=3.0, ge=1, description="Guidance of these trajectories.")
+    reuse: int = Field(default=8, ge=1, description="Iterations that share one set of trajectories.")
     seed: int = 0
 
     def digest(self) -> str:

@@ -25,11 +25,6 @@ from safegen.errors import (
 from safegen.membrane.weights import Factor
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return tiny_sd()
-
-
 def test_sites_are_every_linear_and_conv_inside_the_transformer_blocks(pipe: Any) -> None:
     found = find_sites(pipe.unet, Transformer2DModel)
     wanted = [
@@ -55,7 +50,8 @@ def test_subclasses_of_linear_and_conv_are_sites() -> None:
     pipe = tiny_sd()
     plain = find_sites(pipe.unet, Transformer2DModel)
     for module in plain.modules.values():
-        module.__class__ = OddLinear if isinstance(module, nn.Linear) else OddConv
+        odd_class: Any = OddLinear if isinstance(module, nn.Linear) else OddConv
+        module.__class__ = odd_class
     odd = find_sites(pipe.unet, Transformer2DModel)
     assert list(odd.modules) == list(plain.modules)
     assert odd.architecture == plain.architecture

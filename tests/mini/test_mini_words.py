@@ -47,7 +47,13 @@ def test_captions_name_what_they_are_of() -> None:
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("owl", "an owl"), ("fox", "a fox"), ("scissors", "scissors"), ("santa claus", "santa claus"), ("unicorn", "a unicorn")],
+    [
+        ("owl", "an owl"),
+        ("fox", "a fox"),
+        ("scissors", "scissors"),
+        ("santa claus", "santa claus"),
+        ("unicorn", "a unicorn"),
+    ],
 )
 def test_articles(name: str, wanted: str) -> None:
     assert with_article(name) == wanted

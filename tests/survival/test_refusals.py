@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import applied, draw, random_membrane, records, tiny_sd
+from tiny import applied, draw, random_membrane, records, skipped, tiny_sd
 from torch import nn
 
 from safegen.audit import HmacKey
@@ -38,7 +39,7 @@ def removed_attachment(pipe: Any) -> None:
 
 def overwritten_attachment(pipe: Any) -> None:
     module = pipe.unet.get_submodule(SITE)
-    module.forward = lambda x: nn.functional.linear(x, module.weight, module.bias)
+    module.forward = type(module).forward.__get__(module)
 
 
 def removed_root(pipe: Any) -> None:
@@ -59,7 +60,7 @@ def replaced_block(pipe: Any) -> None:
 
 
 def skipped_block(pipe: Any) -> None:
-    pipe.unet.mid_block.forward = lambda hidden, *_a, **_k: hidden
+    pipe.unet.mid_block.forward = skipped
 
 
 def removed_text_seam(pipe: Any) -> None:
@@ -67,8 +68,9 @@ def removed_text_seam(pipe: Any) -> None:
 
 
 def quantised(pipe: Any) -> None:
+    quantisation: Any = torch.ao.quantization
     with pytest.warns():  # torch is about to drop it, hosts still call it
-        torch.ao.quantization.quantize_dynamic(pipe.unet, {nn.Linear}, inplace=True)
+        quantisation.quantize_dynamic(pipe.unet, {nn.Linear}, inplace=True)
 
 
 BROKEN_ON_EVERY_PIPELINE: dict[Break, str] = {
@@ -218,9 +220,8 @@ def test_somebody_elses_stand_ins_are_left_alone(tmp_path: Path, audit_key: Hmac
     pipe = tiny_sd()
     guard = applied(pipe, tmp_path, audit_key)
     decode, encode, forward = pipe.vae.decode, pipe.encode_prompt, pipe.text_encoder.forward
-    pipe.vae.decode = lambda *a, **k: decode(*a, **k)
-    pipe.encode_prompt = lambda *a, **k: encode(*a, **k)
-    pipe.text_encoder.forward = lambda *a, **k: forward(*a, **k)
+    pipe.vae.decode, pipe.encode_prompt = partial(decode), partial(encode)
+    pipe.text_encoder.forward = partial(forward)
     theirs = (pipe.vae.decode, pipe.encode_prompt, pipe.text_encoder.forward)
     guard.remove()
     assert (pipe.vae.decode, pipe.encode_prompt, pipe.text_encoder.forward) == theirs

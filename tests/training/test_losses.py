@@ -19,7 +19,7 @@ OPEN, SURROGATE, TARGET = (RNG.normal(size=(3, 4, 5, 5)) for _ in range(3))
 
 @pytest.mark.parametrize("eta", [0.0, 1.0, 3.0])
 def test_the_erasing_loss_is_eq_4(eta: float) -> None:
-    found = erasing_loss(*(torch.tensor(a) for a in (OPEN, SURROGATE, TARGET)), eta)
+    found = erasing_loss(torch.tensor(OPEN), torch.tensor(SURROGATE), torch.tensor(TARGET), eta)
     assert found.item() == pytest.approx(np.mean((OPEN - SURROGATE + eta * (TARGET - SURROGATE)) ** 2))
 
 
