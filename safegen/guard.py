@@ -18,7 +18,7 @@ from safegen.backend.sites import plan
 from safegen.backend.watch import EncodePromptWatch, ImageWatch
 from safegen.bundle.store import MembraneStore
 from safegen.gatekeeper import Decision, Gatekeeper, Installed
-from safegen.membrane.file import file_digest, read_membrane
+from safegen.membrane.file import read_with_digest
 from safegen.policy.catalogue import load_catalogue
 from safegen.policy.load import load_policy
 from safegen.policy.resolve import ResolvedPolicy, resolve
@@ -61,11 +61,10 @@ def prepare(
     installed: list[Installed] = []
     for rule in resolved.rules:
         if rule.effective == "erase":
-            path = paths[rule.concept.id]
-            membrane = read_membrane(path)
+            membrane, digest = read_with_digest(paths[rule.concept.id])
             plan(membrane, backend.sites, backend.family)  # refuses here, before anything is attached
             membrane.check_acts()
-            installed.append(Installed(rule, membrane, file_digest(path)))
+            installed.append(Installed(rule, membrane, digest))
     return backend, resolved, Gatekeeper(backend, resolved, installed)
 
 

@@ -12,6 +12,8 @@ from tiny import (
     applied,
     attributes,
     draw,
+    draw_embeds,
+    embeds,
     records,
     rowwise,
     same_state,
@@ -21,9 +23,7 @@ from torch import Tensor
 
 from safegen import PromptRefused
 from safegen.audit import HmacKey
-from safegen.errors import (
-    AlreadyAppliedError,
-)
+from safegen.errors import AlreadyAppliedError
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -73,6 +73,10 @@ def test_a_pipeline_from_from_pipe_never_borrows_another_calls_negative_prompt(
         other = sibling(pipe)
         pipe.encode_prompt("a fox", "cpu", 1, True, negative_prompt="a ghost")
         assert rowwise(draw(other, ["a ghost", "a fox"], guidance_scale=1), base) == [False, True]
+        # Nor where nothing is encoded between the two runs.
+        both = torch.cat([embeds(pipe, "a ghost"), embeds(pipe, "a fox")])
+        draw(pipe, "a fox", negative_prompt="a ghost")
+        assert rowwise(draw_embeds(other, both, guidance_scale=1), base) == [False, True]
 
 
 def test_a_second_guard_is_refused_without_mutation(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:

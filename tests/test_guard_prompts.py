@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
-    applied,
-    draw,
-    draw_embeds,
-    embeds,
-    records,
-    rowwise,
-    tiny_sd,
-)
+from tiny import applied, draw, draw_embeds, embeds, records, rowwise, tiny_sd
 from torch import Tensor
 
 from safegen import PromptRefused
@@ -74,6 +66,17 @@ def test_without_guidance_the_only_rows_are_prompts(pipe: Any, tmp_path: Path, a
         options: dict[str, Any] = dict(num_inference_steps=3, guidance_scale=1, output_type="pt")
         found = pipe(prompt_embeds=ghost, generator=torch.Generator().manual_seed(0), **options).images
         assert not torch.equal(found, base)
+
+
+def test_a_row_that_stands_alone_is_no_negative_prompt(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:
+    """Some hosts call the denoiser once for each branch of the guidance; what is drawn alone is drawn."""
+    x = torch.randn(1, 4, 8, 8)
+    with applied(pipe, tmp_path, audit_key), torch.no_grad():
+        ghost = pipe.encode_prompt("a fox", "cpu", 1, True, negative_prompt="a ghost")[1]
+        found = pipe.unet(x, 10, encoder_hidden_states=ghost).sample
+    with torch.no_grad():
+        assert not torch.equal(found, pipe.unet(x, 10, encoder_hidden_states=ghost).sample)
+    assert [r.action and r.action.type for r in records(tmp_path, "gated")] == ["erase"]
 
 
 def test_embeddings_made_by_the_pipeline_keep_their_words(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:

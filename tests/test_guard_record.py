@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import applied, draw, random_membrane, records, skipped, tiny_sd
+from diffusers import StableDiffusionPipeline
+from tiny import applied, draw, draw_embeds, random_membrane, records, skipped, tiny_sd
 
 from safegen import Guard, PromptRefused, verify
 from safegen.audit import HmacKey, MembraneRecord, Record
@@ -203,6 +204,8 @@ def test_a_stopped_run_is_recorded_under_its_own_request(pipe: Any, tmp_path: Pa
             draw(pipe, "the fox")
         del block.attn2.__dict__["forward"]
         held = block.attn2.to_q.__dict__.pop("forward")
+        with pytest.raises(AttestationError):  # nothing is encoded, so it is the denoiser that notices
+            draw_embeds(StableDiffusionPipeline.from_pipe(pipe), torch.ones(1, 16, 32))
         with pytest.raises(AttestationError):
             draw(pipe, "a fox")
         block.attn2.to_q.__dict__["forward"] = held
@@ -214,16 +217,17 @@ def test_a_stopped_run_is_recorded_under_its_own_request(pipe: Any, tmp_path: Pa
         "gated",
         "run.failed",
         "run.failed",
+        "run.failed",
         "gated",
         "generated",
     ]
     ids = [request for _, request in found]
     assert ids[0] == ids[1]
     assert ids[2] == ids[3]
-    assert ids[5] == ids[6]
-    assert len(set(ids)) == 4
+    assert ids[6] == ids[7]
+    assert len(set(ids)) == 5
     codes = [r.error.code for r in records(tmp_path, "run.failed") if r.error]
-    assert codes == ["CoverageError", "AttestationError"]
+    assert codes == ["CoverageError", "AttestationError", "AttestationError"]
 
 
 def test_a_membrane_that_is_open_and_does_nothing_stops_the_run(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:

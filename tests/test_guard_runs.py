@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
-    applied,
-    draw,
-    embeds,
-    records,
-    rowwise,
-)
+from tiny import applied, draw, embeds, records, rowwise
 from torch import Tensor
 
 from safegen import PromptRefused

@@ -93,6 +93,11 @@ def read_membrane(path: Path) -> Membrane:
         FormatError: Damaged, hostile, or not a membrane.
         ShapeMismatchError: Factors that do not fit each other.
     """
+    return read_with_digest(path)[0]
+
+
+def read_with_digest(path: Path) -> tuple[Membrane, str]:
+    """Reads a membrane file as `read_membrane` does; also returns the sha256 of the very bytes it read."""
     if not path.is_file():
         raise MembraneNotFoundError(f"{path}: no such membrane file; expected a .safetensors file")
     size = path.stat().st_size
@@ -108,7 +113,7 @@ def read_membrane(path: Path) -> Membrane:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # the safetensors library raises its own class and, for odd headers, others
         raise FormatError(f"{path}: damaged safetensors file ({error}); fetch or train it again") from error
-    return membrane
+    return membrane, hashlib.sha256(content).hexdigest()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

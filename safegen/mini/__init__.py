@@ -43,7 +43,7 @@ def load() -> StableDiffusionPipeline:
     from safegen.backend.loading import quiet_loading
 
     with quiet_loading():
-        pipe = StableDiffusionPipeline.from_pretrained(folder(), local_files_only=True, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(folder(), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -109,6 +109,15 @@ def size_of(folder: Path) -> float:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
 
 
+def _load_as_float32(config: Path) -> None:
+    """Makes stock `from_pretrained` load the text tower in float32, as it does U-Net and autoencoder.
+
+    transformers takes the dtype of the config, diffusers float32; the pipeline needs them equal.
+    """
+    content = json.loads(config.read_text("utf-8"))
+    config.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n", "utf-8")
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Where the pipeline folder and the judge go.")] = Path("runs/mini/out"),
     work: Annotated[Path, typer.Option(help="Where art and checkpoints are kept.")] = Path("runs/mini/work"),
@@ -130,6 +139,7 @@ def main(
     pipe = assemble(vae, unet, text, tokenizer).to(dtype=torch.float16)
     shutil.rmtree(out / "weights", ignore_errors=True)
     pipe.save_pretrained(out / "weights", safe_serialization=True)
+    _load_as_float32(out / "weights" / "text_encoder" / "config.json")
     judge.save(out / "judge_weights", judged)
     figures = examine(pipe.to(dtype=torch.float32), judge, images=EXAMINED, grid=out / "weights" / "grid.png")
     (out / "weights" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")

@@ -174,6 +174,24 @@ def test_the_limit_on_the_header_is_named(tmp_path: Path) -> None:
     assert "at most 1048576" in refused(path, FormatError)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # Both entries point at the same bytes: the safetensors library takes the last one and says nothing.
+        (SOUND.replace(b'"lora_unet_a.alpha"', b'"lora_unet_a.lora_up.weight":{},"lora_unet_a.alpha"'), "twice"),
+        (packed(GOOD).replace(b'"ghost"', b'"ghost", "prompts": "fox"'), "'prompts' twice"),
+        (FILES["a key with a line break"][0], "expected lora_unet_<site>"),
+    ],
+)
+def test_what_the_library_would_take_is_refused_for_the_right_reason(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    header = content[8 : content.index(b"}}", 8) + 2]  # its length changed
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + content[8:])
+    assert message in refused(path, FormatError)
+
+
 def test_ten_thousand_tensors_are_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safegen.membrane.file as module
 

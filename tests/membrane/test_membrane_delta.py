@@ -21,6 +21,10 @@ SITES: dict[str, tuple[Site, tuple[int, ...]]] = {
     "conv 1x1": (nn.Conv2d(6, 5, 1), (4, 6, 3, 3)),
     "conv 3x3 stride 2": (nn.Conv2d(6, 5, 3, stride=2, padding=1), (4, 6, 7, 6)),
     "conv reflect": (nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"), (4, 6, 5, 5)),
+    "conv reflect dilated stride 2": (
+        nn.Conv2d(6, 5, 3, stride=2, padding=2, dilation=2, padding_mode="reflect"),
+        (4, 6, 7, 6),
+    ),
     "conv circular uneven": (nn.Conv2d(6, 5, (1, 3), padding=(0, 1), padding_mode="circular"), (4, 6, 4, 5)),
     "conv dilated": (nn.Conv2d(6, 5, 3, padding=2, dilation=2), (4, 6, 6, 6)),
 }

@@ -103,12 +103,11 @@ def group_offload(pipe: Any, _lora: Path) -> None:
 
 
 def accelerate_hooks(pipe: Any, _lora: Path) -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
+    hooks: Any = pytest.importorskip("accelerate.hooks")
     for module in list(pipe.unet.modules()):
         if isinstance(module, nn.Linear):
-            add_hook_to_module(module, ModelHook())
-    add_hook_to_module(pipe.unet, ModelHook())
+            hooks.add_hook_to_module(module, hooks.ModelHook())
+    hooks.add_hook_to_module(pipe.unet, hooks.ModelHook())
 
 
 def replaced_scheduler(pipe: Any, _lora: Path) -> None:
