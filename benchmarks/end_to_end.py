@@ -197,7 +197,7 @@ def main(
 ) -> None:
     """Measures every number that the issue "One prompt, end to end" names."""
     concepts = tuple(concept or zoo.CONCEPTS)
-    pipe, judge = mini.load(), mini.judge()
+    pipe, judge = mini.load(), mini.load_judge()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         floors = model_floors(pipe) + removal(pipe, folder)

@@ -119,7 +119,7 @@ def demo(
 
     from safegen import mini
 
-    show_demo(pipe, mini.judge(), "mini-strict", PROMPTS, out, Drawing(seed, 25, 4.0, batch=12))
+    show_demo(pipe, mini.load_judge(), "mini-strict", PROMPTS, out, Drawing(seed, 25, 4.0, batch=12))
 
 
 def show_demo(

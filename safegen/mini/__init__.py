@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from safegen.mini.judge import Judge
 
-__all__ = ["folder", "judge", "load"]
+__all__ = ["folder", "load", "load_judge"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -48,7 +48,7 @@ def load() -> StableDiffusionPipeline:
     return pipe
 
 
-def judge() -> Judge:
+def load_judge() -> Judge:
     """Loads the independent judge: it names the object and the style of a picture."""
     from safegen.mini.judge import Judge
 

@@ -184,7 +184,7 @@ def main(
     images: Annotated[int, typer.Option(help="Images per figure of the cards.")] = 200,
 ) -> None:
     """Trains the shipped membranes, measures them, and writes files and cards."""
-    pipe, judge = mini.load(), mini.judge()
+    pipe, judge = mini.load(), mini.load_judge()
     for name in concept or zoo.CONCEPTS:
         figures = make(pipe, judge, name, out, images=images)
         console.print(name, {key: round(value, 3) for key, value in figures.items()})

@@ -26,7 +26,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return mini.judge()
+    return mini.load_judge()
 
 
 def test_stock_diffusers_loads_and_draws_without_safegen() -> None:
