@@ -42,17 +42,17 @@ Out = Annotated[Path, typer.Option(help="Folder of membranes; this one goes to O
 Surrogate = Annotated[
     str | None, typer.Option(help="What the concept turns into.", show_default="nothing: it is left out")
 ]
-Iterations = Annotated[int | None, typer.Option(help="Training steps.", show_default="400")]
+Iterations = Annotated[int | None, typer.Option(help="Training steps.", show_default="200")]
 Eta = Annotated[float | None, typer.Option(help="How hard to erase: eta of SPM Eq. 4.", show_default="1.0")]
 Anchoring = Annotated[
-    float | None, typer.Option(help="How hard to hold the rest in place: lambda of SPM Eq. 8.", show_default="100.0")
+    float | None, typer.Option(help="How hard to hold the rest in place: lambda of SPM Eq. 8.", show_default="10.0")
 ]
 AnchorChoice = Annotated[
     Anchors | None,
     typer.Option(help="Captions to hold in place: far ones (SPM Eq. 6) or near ones.", show_default="neighbours"),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the membrane.", show_default="1")]
-LearningRate = Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.001")]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.01")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the training.", show_default="0")]
 Pool = Annotated[
     Path | None,
