@@ -37,7 +37,7 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_membrane(membrane: Membrane, path: Path, *, dtype: torch.dtype = torch.float32) -> str:
+def write_membrane(membrane: Membrane, path: str | Path, *, dtype: torch.dtype = torch.float32) -> str:
     """Writes a membrane, atomically.
 
     Args:
@@ -71,6 +71,7 @@ def write_membrane(membrane: Membrane, path: Path, *, dtype: torch.dtype = torch
         "safegen.floor": repr(membrane.floor),
     }
     content = save(tensors, metadata)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(content)

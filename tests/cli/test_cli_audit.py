@@ -110,9 +110,9 @@ def test_a_long_file_is_one_table_and_one_object(run: Run, world: World, tmp_pat
 
 def test_rules_without_a_membrane_are_announced(run: Run, world: World, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
-    policy.write_text(HEAD + "  - {id: no-elves, concept: elf, category: ip-character}\n", "utf-8")
+    policy.write_text(HEAD + "  - {id: no-ogres, concept: ogre, category: ip-character}\n", "utf-8")
     args = ["--model", world.pipeline, "--policy", str(policy)]
-    result = run("audit", "--prompts", "-", args, "--json", stdin="an elf\n")
+    result = run("audit", "--prompts", "-", args, "--json", stdin="an ogre\n")
     assert "warning: tiny: 0 of 1 rules erase" in result.stderr
     found = json.loads(result.stdout)
     assert len(found["notices"]) == 1
