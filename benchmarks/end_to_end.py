@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ def policy_of(concepts: Sequence[str], folder: Path) -> Path:
 
 
 @contextmanager
-def guarded(pipe: Any, policy: str | Path, folder: Path) -> Iterator[Path]:
+def guarded(pipe: Any, policy: str | Path, folder: Path) -> Generator[Path]:
     """Puts a policy in force; afterwards the log that it wrote must verify."""
     log = Path(tempfile.mkdtemp(dir=folder))
     with safegen.apply_policy(pipe, policy, audit=log, audit_key=KEY):

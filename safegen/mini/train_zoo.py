@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ def train(pipe: Any, concept: str, *, config: TrainConfig | None = None) -> tupl
 
 
 @contextmanager
-def forced_open(pipe: Any, membranes: Sequence[Membrane]) -> Iterator[None]:
+def forced_open(pipe: Any, membranes: Sequence[Membrane]) -> Generator[None]:
     """Opens membranes fully for every conditional row (γ = 1), whatever the prompt: no gate to hide behind."""
     backend = backend_of(pipe)
     injection = Injection(backend.denoiser, backend.sites, membranes, backend.family)

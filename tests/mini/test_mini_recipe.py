@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_missing_icons_are_all_named(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_whitening_changes_the_latents_and_not_the_function() -> None:
     torch.manual_seed(0)
-    vae = new_autoencoder().eval()
+    vae: Any = new_autoencoder().eval()
     pictures = torch.randint(0, 256, (24, 64, 64, 3), dtype=torch.uint8)
     before = vae.decode(encode(vae, pictures)).sample
     whiten(vae, pictures)
