@@ -41,7 +41,6 @@ class Run:
         permeability: γ, [rows, membranes]; all 0 where the policy only observes.
         started: `time.perf_counter` at the first call.
         calls: Denoiser calls so far.
-        fired: Site firings so far.
         effects: Sum of measured effects, [rows, membranes].
         measured: How many calls `effects` sums over.
         closed: Whether its images have been recorded.
@@ -61,7 +60,6 @@ class Run:
     permeability: Tensor
     started: float
     calls: int = 0
-    fired: int = 0
     effects: Tensor = field(default_factory=lambda: torch.zeros(0))
     measured: int = 0
     closed: bool = False
@@ -157,7 +155,7 @@ class Runs:
             return run
         encoding = run.encoding if seen is run.seen else seen.following(run.encoding)
         again = self._gate(call, run.request, seen, encoding)
-        again.started, again.calls, again.fired = run.started, run.calls, run.fired
+        again.started, again.calls = run.started, run.calls
         return again
 
     def _origins(self, call: Call, encoding: Encoding) -> list[Origin | None]:
@@ -208,7 +206,6 @@ class Runs:
         if run is None or run.owner is not self:
             return
         run.calls += 1
-        run.fired += len(opening.fired)
         if opening.effects:
             mean = torch.stack(opening.effects).mean(dim=0)
             if bool(((mean == 0) & (opening.coefficients != 0)).any()):

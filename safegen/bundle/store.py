@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safegen.errors import MembraneNotFoundError, did_you_mean
+from safegen.errors import MembraneNotFoundError
 from safegen.resources import shipped
 
 MEMBRANE_FILE = "membrane.safetensors"
@@ -34,16 +34,3 @@ class MembraneStore:
             for path in sorted((root / family).glob(f"*/{MEMBRANE_FILE}")):
                 found[path.parent.name] = path
         return found
-
-    def find(self, family: str, concept: str) -> Path:
-        """Returns the file of one membrane.
-
-        Raises:
-            MembraneNotFoundError: None is installed; names the concepts that have one.
-        """
-        installed = self.installed(family)
-        if concept not in installed:
-            raise MembraneNotFoundError(
-                f"no membrane of {concept!r} is installed for base family {family!r}.{did_you_mean(concept, installed)}"
-            )
-        return installed[concept]

@@ -12,8 +12,9 @@ import typer
 
 from safegen.cli import options
 from safegen.cli.render import progress, say, show
-from safegen.cli.train_plan import TrainingPlan, plan_for
+from safegen.cli.train_plan import plan_for
 from safegen.errors import UsageError
+from safegen.mini.zoo import Plan
 
 if TYPE_CHECKING:
     from safegen.backend import Backend
@@ -102,7 +103,7 @@ def train(
     say(f"use it: safegen generate … --membranes {out} (with a policy that has a rule for {concept!r})")
 
 
-def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan: TrainingPlan, out: Path) -> Path:
+def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan: Plan, out: Path) -> Path:
     from safegen.cli.host import load_host
 
     pipe = load_host(model, revision)
@@ -121,7 +122,7 @@ def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan
     return path
 
 
-def _config(plan: TrainingPlan, **given: Any) -> TrainConfig:
+def _config(plan: Plan, **given: Any) -> TrainConfig:
     """Returns the settings; those that are None keep their default.
 
     Raises:
@@ -142,7 +143,7 @@ def _config(plan: TrainingPlan, **given: Any) -> TrainConfig:
         raise UsageError("; ".join(faults)) from error
 
 
-def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: TrainingPlan) -> Membrane:
+def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Membrane:
     """Trains, then calibrates the floor on the captions that the membrane must leave alone."""
     from safegen.training.recipe import Progress, Trainer
     from safegen.transport.calibrate import calibrated_floor

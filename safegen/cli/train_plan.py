@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from safegen.cli.options import MINI
 from safegen.cli.render import say
 from safegen.errors import UsageError, did_you_mean
+from safegen.mini import zoo
+from safegen.mini.catalogue import OBJECT_NAMES, STYLE_NAMES
+from safegen.mini.zoo import Plan
 
 _ALIASES = 3  # names of a concept that are trained on when the caller names none
 
@@ -33,24 +36,7 @@ _STYLE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingPlan:
-    """What one concept's training needs.
-
-    Attributes:
-        concept: Catalogue id.
-        targets: Names to erase, the main one first.
-        templates: Prompts around the name, each with what remains of it.
-        pool: Captions that anchors are drawn from; none of them names a target.
-    """
-
-    concept: str
-    targets: tuple[str, ...]
-    templates: tuple[tuple[str, str], ...]
-    pool: tuple[str, ...]
-
-
-def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str) -> TrainingPlan:
+def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str) -> Plan:
     """Returns the plan of a training.
 
     Args:
@@ -68,7 +54,7 @@ def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str
     plan = _mini_plan(concept) if model == MINI else _catalogue_plan(concept)
     names = tuple(targets) or plan.targets
     captions = plan.pool if pool is None else _read_pool(pool, names)
-    return TrainingPlan(concept, names, plan.templates, captions)
+    return replace(plan, targets=names, pool=captions)
 
 
 def _read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
@@ -85,20 +71,16 @@ def _read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
     return kept
 
 
-def _mini_plan(concept: str) -> TrainingPlan:
-    from safegen.mini import zoo
-    from safegen.mini.catalogue import OBJECT_NAMES, STYLE_NAMES
-
+def _mini_plan(concept: str) -> Plan:
     known = {name.replace(" ", "-") for name in (*OBJECT_NAMES, *STYLE_NAMES)}
     if concept not in known:
         raise UsageError(
             f"--concept {concept}: the model mini draws nothing of that name.{did_you_mean(concept, known)}"
         )
-    found = zoo.plan(concept)
-    return TrainingPlan(concept, found.targets, found.templates, found.pool)
+    return zoo.plan(concept)
 
 
-def _catalogue_plan(concept: str) -> TrainingPlan:
+def _catalogue_plan(concept: str) -> Plan:
     from safegen.policy.catalogue import load_catalogue
     from safegen.text import PhraseMatcher
 
@@ -111,4 +93,4 @@ def _catalogue_plan(concept: str) -> TrainingPlan:
     others = [other.name for other in catalogue.concepts.values() if other.id != concept]
     others = [name for name in others if name in found.benign or not matcher.find(name)]
     templates = _STYLE if found.category == "artist-style" else _THING
-    return TrainingPlan(concept, (found.name, *found.aliases)[:_ALIASES], templates, tuple(others))
+    return Plan(concept, (found.name, *found.aliases)[:_ALIASES], templates, tuple(others))

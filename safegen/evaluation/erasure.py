@@ -5,7 +5,7 @@ The judge is independent (`safegen.mini.judge`): neither gates nor trainings use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from safegen.mini import captions, zoo
-from safegen.mini.catalogue import OBJECTS, STYLES, Object, Style, with_article
+from safegen.mini.catalogue import OBJECTS, STYLES, Object, Style
 from safegen.mini.examine import draw_images
 from safegen.mini.judge import Judge
 
@@ -163,13 +163,3 @@ def grid(rows: Sequence[tuple[Image.Image, Image.Image]], *, columns: int = 8, s
             place = ((k % columns) * (cell + 4), (k // columns) * (2 * cell + 10) + half * cell)
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), place)
     return sheet
-
-
-Install = Callable[[Sequence[str]], Any]
-"""Puts the membranes of some concepts in force on the pipeline; returns a context manager that takes them off."""
-
-
-def example(concept: str) -> str:
-    """Returns a plain prompt that names the concept, for cards and documentation."""
-    entry = zoo.find(concept)
-    return with_article(entry.name) if isinstance(entry, Object) else f"a fox in the style of {entry.name}"

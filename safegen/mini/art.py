@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safegen.errors import TrainingError
-from safegen.mini.catalogue import OBJECTS, STYLE_NAMES, STYLES, Object
+from safegen.mini.catalogue import OBJECTS, STYLES, Object
 
 SIZE = 64
 SPRITE_SIZE = 128
@@ -216,8 +216,3 @@ def scene_boxes(rng: np.random.Generator) -> tuple[Box, Box]:
         edge = rng.uniform(29, 32)
         boxes.append(Box(left + float(rng.uniform(0, 32 - edge)), float(rng.uniform(14, 34 - edge + 14)), float(edge)))
     return boxes[0], boxes[1]
-
-
-def style_index(name: str) -> int:
-    """Returns the position of a style in the catalogue."""
-    return STYLE_NAMES.index(name)

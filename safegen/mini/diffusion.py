@@ -252,9 +252,7 @@ def train_diffusion(
         _worker, args=(settings, latents, tokenizer, checkpoint), nprocs=settings.workers, join=True
     )
     both = nn.ModuleDict({"unet": new_unet(), "text": new_text_tower(tokenizer)})
-    ema = Ema(both, 0.999)
-    ema.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"])
-    both.load_state_dict(ema.shadow)
+    both.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"]["shadow"])
     both.eval()
     unet: Any = both["unet"]
     text: Any = both["text"]

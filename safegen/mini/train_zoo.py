@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from safegen import mini
 from safegen.backend import backend_of
 from safegen.backend.injection import Injection, Opening
-from safegen.evaluation.erasure import Drawn, cases, draw_cases, example, grid, identical, neighbours
+from safegen.evaluation.erasure import Drawn, cases, draw_cases, grid, identical, neighbours
 from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Membrane
 from safegen.mini import zoo
@@ -173,7 +173,6 @@ def make(pipe: Any, judge: Judge, concept: str, out: Path, *, images: int) -> di
         seconds=seconds,
         threads=torch.get_num_threads(),
         sha256=sha256,
-        example=example(concept),
     )
     return figures
 
