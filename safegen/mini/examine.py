@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from safegen.mini import captions
@@ -37,7 +38,8 @@ def draw_images(pipe: Any, prompts: Sequence[str], *, seed: int, label: str = "d
     Image k of a call starts from the noise of seed `seed + k`, whatever the batches.
     """
     images: list[Image.Image] = []
-    for start in track(range(0, len(prompts), BATCH), description=label, transient=True):
+    console = Console(stderr=True)  # stdout may carry a caller's data
+    for start in track(range(0, len(prompts), BATCH), description=label, transient=True, console=console):
         part = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(part))]
         images += pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
