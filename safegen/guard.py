@@ -17,8 +17,11 @@ from safegen.backend.injection import Injection
 from safegen.backend.sites import plan
 from safegen.backend.watch import EncodePromptWatch, ImageWatch
 from safegen.bundle.store import MembraneStore
+from safegen.errors import MembraneError, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper, Installed
+from safegen.membrane.delta import pool
 from safegen.membrane.file import read_with_digest
+from safegen.membrane.weights import Membrane
 from safegen.policy.catalogue import load_catalogue
 from safegen.policy.load import load_policy
 from safegen.policy.resolve import ResolvedPolicy, resolve
@@ -58,14 +61,27 @@ def prepare(
     store = MembraneStore([Path(root) for root in membranes])
     paths = store.installed(backend.family)
     resolved = resolve(document, load_catalogue(), available=paths.keys(), family=backend.family)
-    installed: list[Installed] = []
-    for rule in resolved.rules:
-        if rule.effective == "erase":
-            membrane, digest = read_with_digest(paths[rule.concept.id])
-            plan(membrane, backend.sites, backend.family)  # refuses here, before anything is attached
-            membrane.check_acts()
-            installed.append(Installed(rule, membrane, digest))
+    rules = [rule for rule in resolved.rules if rule.effective == "erase"]
+    read = [_read(paths[rule.concept.id], rule.concept.id, backend) for rule in rules]
+    pooled = pool([membrane for membrane, _ in read])
+    installed = [Installed(*item) for item in zip(rules, pooled, (digest for _, digest in read), strict=True)]
     return backend, resolved, Gatekeeper(backend, resolved, installed)
+
+
+def _read(path: Path, concept: str, backend: Backend) -> tuple[Membrane, str]:
+    """Reads a membrane and refuses one that would not erase this concept from this model."""
+    membrane, digest = read_with_digest(path)
+    if membrane.concept != concept:
+        raise MembraneError(
+            f"{path}: this membrane erases {membrane.concept!r}, and its folder says {concept!r}; expected a membrane "
+            "in the folder of its own concept. Put the right file there."
+        )
+    try:
+        plan(membrane, backend.sites, backend.family)  # refuses here, before anything is attached
+        membrane.check_acts()
+    except SafegenError as error:
+        raise type(error)(f"{path}: {error}") from error
+    return membrane, digest
 
 
 def apply_policy(
@@ -148,10 +164,13 @@ class Guard:
         self._text = TextSeam(backend)
         self._recorder = Recorder(log, policy, gatekeeper, injection, family=backend.family, source=_source(pipe))
         self._runs = Runs(backend, gatekeeper, injection, self._text, self._recorder)
-        self._watches = (EncodePromptWatch(pipe, self._text, self._runs.prove), ImageWatch(pipe, self._runs.drawn))
+        self._watches = (
+            EncodePromptWatch(pipe, backend.parts, self._text, self._runs.prove),
+            ImageWatch(pipe, self._runs.drawn),
+        )
         self._state: Literal["applied", "removed"] = "applied"
-        self._attach()
         try:
+            self._attach()
             self._recorder.applied()
         except BaseException:
             self._detach()
@@ -166,9 +185,8 @@ class Guard:
             watch.attach()
 
     def _detach(self) -> None:
-        if self.policy.mode == "disabled":
-            return
-        self._injection.detach()
+        if self._injection.attached:
+            self._injection.detach()
         self._text.detach()
         for watch in self._watches:
             watch.detach()

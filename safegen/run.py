@@ -38,7 +38,7 @@ class Run:
         encoding: What holds for this run of all that was encoded for it.
         origins: Where each row came from.
         decisions: One per row.
-        permeability: γ, [rows, membranes]; all 0 where the policy only observes.
+        opening: What the membranes do to its rows; nothing where the policy only observes.
         started: `time.perf_counter` at the first call.
         calls: Denoiser calls so far.
         effects: Sum of measured effects, [rows, membranes].
@@ -57,7 +57,7 @@ class Run:
     encoding: Encoding
     origins: list[Origin | None]
     decisions: list[Decision]
-    permeability: Tensor
+    opening: Opening
     started: float
     calls: int = 0
     effects: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -110,24 +110,25 @@ class Runs:
         run = self._followed(call)
         run.timestep = call.timestep
         _current.set(run)
-        measure = run.calls % _MEASURED_EVERY == 0 or not run.measured
-        return Opening.of(run.permeability, self._gatekeeper.strengths, measure=measure)
+        return run.opening.again(measure=run.calls % _MEASURED_EVERY == 0 or not run.measured)
 
-    def prove(self) -> None:
+    def prove(self, replaced: Sequence[str] = ()) -> None:
         """Proves, before a run, that the guard is in place; where it is not, that is recorded as a failed run.
+
+        Args:
+            replaced: Names of the pipeline's parts that are no longer those that were guarded.
 
         Raises:
             AttestationError: Says what is not in place.
         """
         try:
-            self._prove_attachment()
+            self._prove_attachment(replaced)
         except SafegenError as error:
             _current.set(None)
             self.failed(error)
             raise
 
-    def _prove_attachment(self) -> None:
-        replaced = self._backend.replaced
+    def _prove_attachment(self, replaced: Sequence[str] = ()) -> None:
         if replaced:
             raise AttestationError(
                 f"pipe.{replaced[0]} was replaced since the policy was applied, and the new one is not guarded; call "
@@ -190,7 +191,7 @@ class Runs:
             encoding=encoding,
             origins=origins,
             decisions=decisions,
-            permeability=permeability,
+            opening=Opening.of(permeability, self._gatekeeper.strengths),
             started=time.perf_counter(),
         )
         self._recorder.gated(run.request, decisions, origins)
@@ -207,15 +208,16 @@ class Runs:
             return
         run.calls += 1
         if opening.effects:
-            mean = torch.stack(opening.effects).mean(dim=0)
+            mean = torch.stack([effect.to(opening.effects[0].device) for effect in opening.effects]).mean(dim=0).cpu()
             if bool(((mean == 0) & (opening.coefficients != 0)).any()):
                 raise AttestationError(
                     "a membrane was open, and its measured effect is 0 at every site; its factors are lost in this "
                     "model's number format, or the membrane is broken"
                 )
             if not run.measured:
-                run.effects = torch.zeros(run.permeability.shape)
-            rows = torch.arange(len(run.effects)) if opening.rows is None else opening.rows.cpu()
+                run.effects = torch.zeros(opening.size, len(self._gatekeeper.installed))
+            rows = torch.arange(opening.size)
+            rows = rows if opening.rows is None else rows[opening.rows]
             for column, membrane in enumerate(opening.membranes):
                 run.effects[rows, membrane] += mean[:, column]
             run.measured += 1

@@ -5,20 +5,57 @@ What is open for one call of the denoiser is held in a ContextVar, so that threa
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from safegen.backend.standin import StandIn
 from safegen.errors import AttestationError, CoverageError
-from safegen.membrane.delta import Site, Stack, add_delta, delta_norms, stack
+from safegen.membrane.delta import Rows, Site, Sizes, Stack, add_delta, delta_norms, stack
 from safegen.membrane.weights import Factor
 
-_STACKS_KEPT = 8  # combinations of open membranes whose stacks a site keeps
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Carried:
+    """What a site carries; sites that carry the same share one, so that it is compared by identity.
+
+    Attributes:
+        parts: Index, rank and scale of each membrane that has a factor there, ascending.
+    """
+
+    parts: tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is open at all sites that carry the same.
+
+    Attributes:
+        columns: Which columns of an opening's coefficients have a factor there.
+        stacked: Which of the site's stacked ranks those are; None for all.
+        ranks: Rank of each of them.
+        sizes: γ·s·scale of each open row and chosen rank.
+    """
+
+    columns: tuple[int, ...]
+    stacked: slice | Tensor | None
+    ranks: tuple[int, ...]
+    sizes: Sizes
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What an opening works out once and its calls share: choices by what a site carries, chosen stacks by site."""
+
+    choices: dict[Carried, Choice | None] = field(default_factory=dict[Carried, Choice | None])
+    stacks: dict[str, Stack] = field(default_factory=dict[str, Stack])
+    fired: set[str] = field(default_factory=set[str])
 
 
 @dataclass(slots=True)
@@ -28,8 +65,8 @@ class Opening:
     Attributes:
         size: Number of rows of the call.
         membranes: Indices of the membranes open for some row, ascending.
-        coefficients: [open rows, membranes]: γ·s.
-        rows: Indices of the rows for which some membrane is open; None for all.
+        coefficients: [open rows, membranes]: γ·s, on the CPU.
+        rows: Which rows some membrane is open for.
         fired: Sites that ran in this call.
         effects: Where not None, each site adds ‖γ s Δ‖ / ‖W x‖ [open rows, membranes] and counts itself.
     """
@@ -37,9 +74,10 @@ class Opening:
     size: int
     membranes: tuple[int, ...]
     coefficients: Tensor
-    rows: Tensor | None
+    rows: Rows
     fired: set[str] = field(default_factory=set[str])
     effects: list[Tensor] | None = None
+    _plan: _Plan = field(default_factory=_Plan)
 
     @classmethod
     def of(cls, permeability: Tensor, strengths: Tensor, *, measure: bool = False) -> Opening:
@@ -51,77 +89,178 @@ class Opening:
             measure: Whether the sites measure each membrane's effect in this call.
         """
         sizes = permeability * strengths.to(permeability)
-        membranes = tuple(sizes.ne(0).any(dim=0).nonzero().flatten().tolist())
-        open_rows = sizes.ne(0).any(dim=1)
-        rows = None if bool(open_rows.all()) else open_rows.nonzero().flatten()
-        chosen = sizes if rows is None else sizes[rows]
-        effects: list[Tensor] | None = [] if measure and membranes else None
-        return cls(len(sizes), membranes, chosen[:, list(membranes)], rows, effects=effects)
+        acts = sizes.ne(0)
+        membranes = tuple(acts.any(dim=0).nonzero().flatten().tolist())
+        open_rows = acts.any(dim=1).nonzero().flatten().tolist()
+        rows = _rows(open_rows, len(sizes))
+        if len(open_rows) < len(sizes):
+            sizes = sizes[open_rows]
+        if len(membranes) < sizes.shape[1]:
+            sizes = sizes[:, list(membranes)]
+        return cls(len(permeability), membranes, sizes, rows, effects=[] if measure and membranes else None)
+
+    def again(self, *, measure: bool) -> Opening:
+        """Returns the same opening for a further call; what was worked out for this one is kept."""
+        effects: list[Tensor] | None = [] if measure and self.membranes else None
+        return Opening(self.size, self.membranes, self.coefficients, self.rows, effects=effects, _plan=self._plan)
+
+    @property
+    def fired_before(self) -> set[str]:
+        """Sites that have run in this or an earlier call of this opening; the caller may add to it."""
+        return self._plan.fired
+
+    def at(self, carried: Carried) -> Choice | None:
+        """Returns what is open at a site that carries this; None for nothing."""
+        choices = self._plan.choices
+        if carried not in choices:
+            choices[carried] = self._choose(carried)
+        return choices[carried]
+
+    def _choose(self, carried: Carried) -> Choice | None:
+        column = {membrane: k for k, membrane in enumerate(self.membranes)}
+        stacked: list[int] = []
+        columns: list[int] = []
+        ranks: list[int] = []
+        scales: list[float] = []
+        start = 0
+        for membrane, rank, scale in carried.parts:
+            if membrane in column:
+                stacked.extend(range(start, start + rank))
+                columns.append(column[membrane])
+                ranks.append(rank)
+                scales.append(scale)
+            start += rank
+        if not columns:
+            return None
+        sizes = Sizes.of(self.coefficients[:, columns], ranks, scales)
+        return Choice(tuple(columns), _rows(stacked, start), tuple(ranks), sizes)
+
+    def stack_of(self, name: str, full: Stack, choice: Choice) -> Stack:
+        """Returns the open part of a site's stack."""
+        if choice.stacked is None:
+            return full
+        found = self._plan.stacks.get(name)
+        if found is None or found.down.dtype != full.down.dtype or found.down.device != full.down.device:
+            found = self._plan.stacks[name] = full.choose(choice.stacked)
+        return found
+
+
+def _rows(indices: Sequence[int], of: int) -> Rows:
+    """Returns ascending indices in their cheapest form: None for all, a slice for a run, else a tensor."""
+    if len(indices) == of:
+        return None
+    if not indices or indices[-1] - indices[0] + 1 == len(indices):
+        return slice(indices[0], indices[-1] + 1) if indices else slice(0, 0)
+    return torch.tensor(indices)
 
 
 current: ContextVar[Opening | None] = ContextVar("safegen_opening", default=None)
 
 
-def forwards(module: nn.Module) -> Iterator[Any]:
-    """Yields what stands in for a module's `forward`, outermost first; a hook names what it wraps `__wrapped__`."""
-    forward = module.__dict__.get("forward")
-    while forward is not None:
-        yield forward
-        forward = getattr(forward, "__wrapped__", None)
+_numbers = itertools.count()
+_attachments: weakref.WeakValueDictionary[int, SiteAttachment] = weakref.WeakValueDictionary()
+
+# Compiled code calls a site through one opaque operator. What is open is looked up when it runs, in Python, so a
+# compiled denoiser has nothing of it baked in: neither γ nor the policy nor the number of open membranes recompiles.
+# The site's number travels as a tensor, because a Python number would be a constant of the compiled code, and the
+# repeated blocks of a regional compilation would each need their own.
+_library = torch.library.Library("safegen", "FRAGMENT")
+_library.define("open_site(Tensor(a!) y, Tensor x, Tensor number) -> ()")
 
 
-def refuse_copy(self: object, memo: dict[int, Any]) -> Any:
-    """Refuses `copy.deepcopy`: a copy would run the original's weights."""
-    raise AttestationError(
-        "a denoiser under a policy cannot be deep-copied, the copy would not be guarded; call remove() on the Guard, "
-        "copy, and apply the policy to each"
-    )
+def _open_site(y: Tensor, x: Tensor, number: Tensor) -> None:
+    attachment = _attachments.get(int(number))
+    if attachment is None:
+        raise AttestationError(
+            "compiled code runs a site whose policy has been removed; compile the denoiser again (torch._dynamo.reset)"
+        )
+    found = attachment.opened(x, y)
+    if found is not y:
+        y.copy_(found)
 
 
-class SiteAttachment:
+def _no_output(y: Tensor, x: Tensor, number: Tensor) -> None:
+    """Tells compilers what the operator returns: it only writes to `y`."""
+
+
+_library.impl("open_site", _open_site, "CompositeExplicitAutograd")
+torch.library.register_fake("safegen::open_site", _no_output, lib=_library)
+
+
+class SiteAttachment(StandIn):
     """Stands in for one site's `forward`."""
 
-    __deepcopy__ = refuse_copy
+    def __init__(
+        self,
+        name: str,
+        module: Site,
+        factors: Sequence[Factor],
+        carried: Carried,
+        copied: Callable[[SiteAttachment, dict[int, Any]], SiteAttachment],
+    ) -> None:
+        """Stacks the factors.
 
-    def __init__(self, name: str, module: Site, factors: Sequence[Factor | None]) -> None:
+        Args:
+            name: The site's qualified name.
+            module: The site.
+            factors: Those of the membranes in `carried`, in its order.
+            carried: Which membranes they are of.
+            copied: Takes part in `copy.deepcopy`: called with this attachment and deepcopy's memo.
+        """
+        super().__init__(module)
         self.name = name
         self.module = module
+        self.carried = carried
         self._factors = factors
-        self._base: Callable[..., Tensor] = module.forward
-        self._had: Any = None
-        self._stacks: OrderedDict[tuple[Any, ...], tuple[Stack, tuple[int, ...]]] = OrderedDict()
+        self._copied = copied
+        self._live = any(f.down.requires_grad or f.up.requires_grad for f in factors)
+        self._stack = self._working = stack(factors)
+        self._enrol()
 
-    def attach(self) -> None:
-        """Puts the attachment in place."""
-        self._base, self._had = self.module.forward, self.module.__dict__.get("forward")
-        self.module.__dict__["forward"] = self
+    def _enrol(self) -> None:
+        number = next(_numbers)
+        self.number = torch.tensor(number)
+        _attachments[number] = self
 
-    def detach(self) -> None:
-        """Takes the attachment off; the instance is as before."""
-        if self._had is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self._had
+    def on_copy(
+        self, module: Site, copied: Callable[[SiteAttachment, dict[int, Any]], SiteAttachment]
+    ) -> SiteAttachment:
+        """Returns this attachment for a copy of its site, on the same factors."""
+        twin = self.on(module)
+        twin.module, twin._copied = module, copied
+        twin._enrol()
+        return twin
 
-    def stacked(self, membranes: tuple[int, ...], like: Tensor) -> tuple[Stack, tuple[int, ...]] | None:
-        """Returns the stack of the open membranes that have a factor here, and their columns; None for none."""
-        columns = tuple(k for k, m in enumerate(membranes) if self._factors[m] is not None)
-        if not columns:
-            return None
-        key = (membranes, like.device, like.dtype)
-        found = self._stacks.get(key)
-        factors = [f for k in columns if (f := self._factors[membranes[k]]) is not None]
-        if any(f.down.requires_grad for f in factors):
-            return stack(factors, like), columns  # in training the factors change at every step
-        if found is None:
-            found = self._stacks[key] = (stack(factors, like), columns)
-            while len(self._stacks) > _STACKS_KEPT:
-                self._stacks.popitem(last=False)
-        return found
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns the attachment of the copy that is being made of the denoiser."""
+        return cast("Self", self._copied(self, memo))
+
+    def _full(self, like: Tensor) -> Stack:
+        """Returns the stack of all membranes here, for an output like this one."""
+        if self._live:  # in training the factors change at every step
+            return stack(self._factors).to(like)
+        working = self._working
+        if working.down.dtype != like.dtype or working.down.device != like.device:
+            working = self._working = self._stack.to(like)
+        return working
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the site: the base module, then the open membranes' sum."""
         y = self._base(x, *args, **kwargs)
+        if not self._active:
+            return y
+        if torch.compiler.is_compiling():
+            torch.ops.safegen.open_site(y, x, self.number)
+            return y
+        return self.opened(x, y)
+
+    def opened(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds to `y`, the base module's output for `x`, what is open in the call in progress.
+
+        Raises:
+            AttestationError: There is no such call.
+            CoverageError: The batch was split, so that rows and prompts cannot be matched.
+        """
         opening = current.get()
         if opening is None:
             raise AttestationError(
@@ -135,25 +274,20 @@ class SiteAttachment:
                 "cannot be matched; turn off what splits the batch (forward chunking over dimension 0)."
             )
         opening.fired.add(self.name)
-        found = self.stacked(opening.membranes, x) if opening.membranes else None
-        if found is None:
+        choice = opening.at(self.carried) if opening.membranes else None
+        if choice is None:
             return y
-        stacked, columns = found
-        ranks = torch.tensor(stacked.ranks)
-        coefficients = opening.coefficients[:, list(columns)].repeat_interleave(ranks, dim=1).to(x.device)
-        rows = opening.rows if opening.rows is None else opening.rows.to(x.device)
+        stacked = opening.stack_of(self.name, self._full(y), choice)
+        rows = opening.rows.to(x.device) if isinstance(opening.rows, Tensor) else opening.rows
         if opening.effects is not None:
-            self._measure(opening, x, y, stacked, coefficients, columns)
-        return add_delta(self.module, x, y, stacked, coefficients, rows)
+            opening.effects.append(self._measured(opening, x, y, stacked, choice, rows))
+        return add_delta(self.module, x, y, stacked, choice.sizes, rows)
 
-    def _measure(
-        self, opening: Opening, x: Tensor, y: Tensor, stacked: Stack, coefficients: Tensor, columns: Sequence[int]
-    ) -> None:
-        rows = opening.rows
-        part, base = (x, y) if rows is None else (x[rows.to(x.device)], y[rows.to(y.device)])
-        norms = delta_norms(self.module, part, stacked, coefficients).cpu()
-        ratios = torch.zeros(len(part), len(opening.membranes))
-        size = base.float().flatten(1).norm(dim=1, keepdim=True).cpu().clamp(min=1e-12)
-        ratios[:, list(columns)] = norms / size
-        assert opening.effects is not None
-        opening.effects.append(ratios)
+    def _measured(self, opening: Opening, x: Tensor, y: Tensor, stacked: Stack, choice: Choice, rows: Rows) -> Tensor:
+        """Returns ‖γ s Δ‖ / ‖W x‖ of each membrane here, [open rows, membranes of the opening]."""
+        part, base = (x, y) if rows is None else (x[rows], y[rows])
+        norms = delta_norms(self.module, part.to(y.dtype), stacked, choice.sizes, choice.ranks)
+        ratios = torch.zeros(len(part), len(opening.membranes), device=y.device)
+        size = base.float().flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-12)
+        ratios[:, list(choice.columns)] = norms / size
+        return ratios

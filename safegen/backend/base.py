@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,8 +56,8 @@ class Backend(TextReader, Protocol):
         ...
 
     @property
-    def replaced(self) -> tuple[str, ...]:
-        """Names of the pipeline's parts that are no longer those that this backend was made for."""
+    def parts(self) -> Mapping[str, Any]:
+        """By name, the pipeline's parts that this backend was made for: another one in their place is not guarded."""
         ...
 
     @property

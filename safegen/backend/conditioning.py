@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from safegen.backend.base import Backend
+from safegen.backend.standin import StandIn
 
 _ROWS_KEPT = 4096
 
@@ -82,14 +83,25 @@ _announced: ContextVar[Texts | None] = ContextVar("safegen_prompts", default=Non
 _last: ContextVar[tuple[object, Encoding] | None] = ContextVar("safegen_encoding", default=None)
 
 
+class _Reporting(StandIn):
+    """Stands in for the `forward` of one text encoder."""
+
+    def __init__(self, seam: TextSeam, encoder: nn.Module) -> None:
+        super().__init__(encoder, "forward")
+        self._seam = seam
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._base(*args, **kwargs)
+        return self._seam.encode(self._base, *args, **kwargs)
+
+
 class TextSeam:
-    """Watches one text encoder."""
+    """Watches one text encoder, and the copies that are made of it while it is watched."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._encoder: nn.Module = backend.text_encoder
-        self._base = self._encoder.forward
-        self._had: Any = None
+        self._reporting = _Reporting(self, backend.text_encoder)
         self._prove: Callable[[], None] = lambda: None
         self._origins: OrderedDict[bytes, Origin] = OrderedDict()
 
@@ -101,22 +113,16 @@ class TextSeam:
                 code); raises where the guard is not in place, so that nothing is encoded for a denoiser without one.
         """
         self._prove = prove
-        self._base, self._had = self._encoder.forward, self._encoder.__dict__.get("forward")
-        self._encoder.__dict__["forward"] = self
+        self._reporting.attach()
 
     def detach(self) -> None:
         """Stops; the text encoder is as before. Leaves a stand-in that somebody else has put in place since."""
-        if not self.attached:
-            return
-        if self._had is None:
-            del self._encoder.__dict__["forward"]
-        else:
-            self._encoder.__dict__["forward"] = self._had
+        self._reporting.detach()
 
     @property
     def attached(self) -> bool:
         """Whether the text encoder still reports here."""
-        return self._encoder.__dict__.get("forward") is self
+        return self._reporting.attached
 
     def announce(self, texts: Sequence[str]) -> Token[Texts | None]:
         """Says which texts are about to be encoded by this thread; returns a token for `end_announcement`."""
@@ -140,11 +146,11 @@ class TextSeam:
         seam, encoding = _last.get() or (None, NOTHING)
         return encoding if seam is self else NOTHING
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the text encoder and remembers its rows."""
+    def encode(self, encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a text encoder and remembers its rows."""
         if _announced.get() is None:
             self._prove()
-        output = self._base(*args, **kwargs)
+        output = encoder(*args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         if isinstance(ids, Tensor) and isinstance(states, Tensor):

@@ -1,22 +1,31 @@
 """Attaching membranes to a denoiser, and taking them off without a trace.
 
 One attachment per site, summing all membranes, set as the instance's `forward`: it survives LoRA loading and fusing,
-`from_pipe`, offload, dtype casts and compilation, and undoes exactly (docs/decisions/0002).
+`from_pipe`, copies, offload, dtype casts and compilation, and undoes exactly (docs/decisions/0002).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import copy
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, cast
 
+import torch
 from torch import nn
 
-from safegen.backend.attachment import Opening, SiteAttachment, current, forwards, refuse_copy
+from safegen.backend.attachment import Carried, Opening, SiteAttachment, current
 from safegen.backend.sites import Sites, plan
+from safegen.backend.standin import StandIn, in_place_of
 from safegen.errors import AlreadyAppliedError, AttestationError, CoverageError, SafegenError
 from safegen.membrane.weights import Factor, Membrane
 
 __all__ = ["Injection", "Opening"]
+
+# Compilers see the denoiser's own forward, and nothing of what is decided and recorded around it.
+_left_to_python: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # but what it calls may be compiled
+_not_compiled: Callable[[Any], Any] = torch.compiler.disable()
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Opening]
 After = Callable[[Opening], None]
@@ -42,22 +51,33 @@ class Injection:
         """
         _refuse_second(denoiser)
         plans = [plan(membrane, sites, family) for membrane in membranes]
-        factors: dict[str, list[Factor | None]] = {name: [None] * len(membranes) for name in sites.modules}
+        factors: dict[str, dict[int, Factor]] = {name: {} for name in sites.modules}
         for index, (membrane, names) in enumerate(zip(membranes, plans, strict=True)):
             for key, name in names.items():
                 factors[name][index] = membrane.factors[key]
         self.denoiser = denoiser
-        self._sites = {
-            name: SiteAttachment(name, module, factors[name])
-            for name, module in sites.modules.items()
-            if any(f is not None for f in factors[name])
-        }
+        self._sites: dict[str, SiteAttachment] = {}
+        shared: dict[tuple[Any, ...], Carried] = {}
+        for name, found in factors.items():
+            if found:
+                parts = tuple((index, factor.rank, factor.scale) for index, factor in found.items())
+                carried = shared.setdefault(parts, Carried(parts))
+                self._sites[name] = SiteAttachment(
+                    name, sites.modules[name], list(found.values()), carried, self._copied_site
+                )
+        self._planned = len(self._sites)
+        self._copies: weakref.WeakSet[Injection] = weakref.WeakSet()
         self._root: _RootAttachment | None = None
 
     @property
     def site_names(self) -> tuple[str, ...]:
         """Names of the sites that carry at least one membrane."""
         return tuple(self._sites)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it was attached, and not detached since."""
+        return self._root is not None
 
     def attach(self, before: Before, after: After, failed: Failed = lambda _: None) -> None:
         """Attaches everything.
@@ -74,26 +94,22 @@ class Injection:
         self._root = _RootAttachment(self, before, after, failed)
         for attachment in self._sites.values():
             attachment.attach()
-        self.denoiser.__dict__["forward"] = self._root
+        self._root.attach()
 
     def detach(self) -> None:
-        """Takes everything off.
+        """Takes everything off, also from deep copies of the denoiser.
 
         Raises:
-            AttestationError: Something else has replaced or wrapped an attachment; nothing is taken off then.
+            AttestationError: Something else has replaced an attachment; nothing is taken off then.
         """
-        self.check()
-        assert self._root is not None
-        attachments = [self._root, *self._sites.values()]
-        wrapped = sum(next(forwards(a.module)) is not a for a in attachments)
-        if wrapped:
-            raise AttestationError(
-                f"hooks that were installed after the policy wrap {wrapped} of its attachments (offload, casting); "
-                "take those hooks off first"
-            )
-        for attachment in attachments:
-            attachment.detach()
-        self._root = None
+        everywhere = {self, *self._copies}
+        for injection in everywhere:
+            injection.check()
+        for injection in everywhere:
+            assert injection._root is not None
+            for attachment in (injection._root, *injection._sites.values()):
+                attachment.detach()
+            injection._root = None
 
     def check(self) -> None:
         """Proves that every planned attachment is in place and belongs to the module that the denoiser runs.
@@ -101,71 +117,169 @@ class Injection:
         Raises:
             AttestationError: Names the first site that is not as planned.
         """
-        if self._root is None or not any(forward is self._root for forward in forwards(self.denoiser)):
+        if self._root is None or not self._root.attached:
             raise AttestationError(
                 f"the membranes' root attachment on {type(self.denoiser).__name__} is gone; the policy is not in "
                 "force. Apply it again."
             )
         modules: Mapping[int, str] = {id(module): name for name, module in self.denoiser.named_modules()}
         for name, attachment in self._sites.items():
-            carried = any(forward is attachment for forward in forwards(attachment.module))
-            if not carried or id(attachment.module) not in modules:
+            if not attachment.attached or id(attachment.module) not in modules:
                 raise AttestationError(
                     f"site {name} no longer carries its membrane: the module was replaced or its forward overwritten. "
                     "Remove what did that (fused projections, quantisation, another patch) and apply the policy again."
                 )
 
+    @_left_to_python
     def run(self, opening: Opening, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls `forward` with an opening in force, and proves that every planned site took part.
 
         Raises:
+            AttestationError: An attachment is not in place (looked at in the first call of an opening).
             CoverageError: Planned sites did not run.
         """
+        if not opening.fired_before:
+            self.check()
         token = current.set(opening)
         try:
-            result = forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                with _recomputed(self.denoiser, opening):
+                    result = forward(*args, **kwargs)
+            else:
+                result = forward(*args, **kwargs)
         finally:
             current.reset(token)
-        if len(opening.fired) != len(self._sites):
-            silent = sorted(self._sites.keys() - opening.fired)
-            raise CoverageError(
-                f"{len(silent)} of {len(self._sites)} planned sites did not run in this step, first {silent[0]!r}; the "
-                "image cannot be trusted and was stopped. Turn off what skips them (fused projections, step caches)."
-            )
+        self._prove_coverage(opening)
         return result
 
+    def _prove_coverage(self, opening: Opening) -> None:
+        if len(self._sites) != self._planned:
+            raise CoverageError(
+                f"{len(self._sites)} of {self._planned} sites were copied with this {type(self.denoiser).__name__}; "
+                "call remove() on the Guard, copy, and apply the policy to each"
+            )
+        if len(opening.fired) != self._planned:
+            silent = self._sites.keys() - opening.fired
+            silent -= _cached(self.denoiser, silent & opening.fired_before)
+            if silent:
+                raise CoverageError(
+                    f"{len(silent)} of {self._planned} planned sites did not run in this step, first {min(silent)!r}; "
+                    "the image cannot be trusted and was stopped. Turn off what skips them (fused projections, a cache "
+                    "that holds another run or other prompts)."
+                )
+        opening.fired_before.update(opening.fired)
 
-class _RootAttachment:
+    def _copied_site(self, attachment: SiteAttachment, memo: dict[int, Any]) -> SiteAttachment:
+        """Takes part in `copy.deepcopy` of the denoiser, site by site."""
+        twin = self._on_copy(memo)
+        found = twin._sites[attachment.name] = attachment.on_copy(memo[id(attachment.module)], twin._copied_site)
+        return found
+
+    def _on_copy(self, memo: dict[int, Any]) -> Injection:
+        """Returns the injection of the copy that is being made of the denoiser: the same policy, on its own sites."""
+        if id(self) in memo:
+            return memo[id(self)]
+        if id(self.denoiser) not in memo or self._root is None:
+            raise AttestationError(
+                f"a part of a {type(self.denoiser).__name__} under a policy cannot be deep-copied: it would run where "
+                "no prompt is read. Copy the whole denoiser, or call remove() on the Guard first."
+            )
+        twin = memo[id(self)] = copy.copy(self)
+        twin.denoiser, twin._sites = memo[id(self.denoiser)], {}
+        twin._root = self._root.on_copy(twin)
+        return twin
+
+    def copied_root(self, memo: dict[int, Any]) -> _RootAttachment:
+        """Takes part in `copy.deepcopy` of the denoiser, whose `forward` is its last attribute."""
+        twin = self._on_copy(memo)
+        self._copies.add(twin)  # shared by all copies, so that a copy's copy is known when the copy is gone
+        assert twin._root is not None
+        return twin._root
+
+
+@contextmanager
+def _recomputed(denoiser: nn.Module, opening: Opening) -> Generator[None]:
+    """Lets gradient checkpointing, which runs blocks again in the backward pass, run them with this opening."""
+    modules: list[Any] = list(denoiser.modules())
+    saving: list[tuple[Any, Callable[..., Any]]] = [
+        (module, module._gradient_checkpointing_func)
+        for module in modules
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+    ]
+
+    def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def again(*inputs: Any, **options: Any) -> Any:
+                token = current.set(opening)
+                try:
+                    return function(*inputs, **options)
+                finally:
+                    current.reset(token)
+
+            return checkpoint(again, *args, **kwargs)
+
+        return call
+
+    for module, checkpoint in saving:
+        module._gradient_checkpointing_func = remembering(checkpoint)
+    try:
+        yield
+    finally:
+        for module, checkpoint in saving:
+            module._gradient_checkpointing_func = checkpoint
+
+
+def _cached(denoiser: nn.Module, sites: set[str]) -> set[str]:
+    """Returns which of these sites lie below a diffusers cache hook, which skips them by design in later steps.
+
+    What such a cache hands out was computed in an earlier step; that it was computed with the same opening is for the
+    caller to know.
+    """
+    cached = [
+        name
+        for name, module in denoiser.named_modules()
+        if any(hook._is_stateful for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())
+    ]
+    return {site for site in sites if any(not name or site == name or site.startswith(f"{name}.") for name in cached)}
+
+
+class _RootAttachment(StandIn):
     """Stands in for the denoiser's `forward`: asks what is open, runs, and checks coverage."""
 
-    __deepcopy__ = refuse_copy
-
     def __init__(self, injection: Injection, before: Before, after: After, failed: Failed) -> None:
-        self.module = injection.denoiser
+        super().__init__(injection.denoiser)
         self._injection = injection
         self._before, self._after, self._failed = before, after, failed
-        self._base = self.module.forward
-        self._had = self.module.__dict__.get("forward")
 
-    def detach(self) -> None:
-        if self._had is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self._had
+    def on_copy(self, injection: Injection) -> _RootAttachment:
+        twin = self.on(injection.denoiser)
+        twin._injection = injection
+        return twin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return cast("Self", self._injection.copied_root(memo))
+
+    @_left_to_python
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._active:
+            return self._base(*args, **kwargs)
         try:
-            opening = self._before(args, kwargs)
+            opening = _outside_of_compilers(self._before, args, kwargs)
             result = self._injection.run(opening, self._base, *args, **kwargs)
-            self._after(opening)
+            _outside_of_compilers(self._after, opening)
         except SafegenError as error:
-            self._failed(error)
+            _outside_of_compilers(self._failed, error)
             raise
         return result
 
 
+@_not_compiled
+def _outside_of_compilers(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
 def _refuse_second(denoiser: nn.Module) -> None:
-    if any(isinstance(forward, _RootAttachment) for forward in forwards(denoiser)):
+    if any(isinstance(forward, _RootAttachment) for forward in in_place_of(denoiser)):
         raise AlreadyAppliedError(
             f"this {type(denoiser).__name__} already carries a policy; call remove() on the first Guard, then "
             "apply the second policy"

@@ -10,6 +10,7 @@ from torch import nn
 
 from safegen.errors import BaseModelMismatchError, NoMatchingSiteError
 from safegen.membrane.delta import Site, check_fits
+from safegen.membrane.layouts import file_key
 from safegen.membrane.weights import Membrane
 
 
@@ -31,11 +32,6 @@ class Sites:
         The map is made forwards: the key replaces every "." by "_", which cannot be undone by parsing.
         """
         return {file_key(name): name for name in self.modules}
-
-
-def file_key(name: str) -> str:
-    """Returns the key of a site in a membrane file."""
-    return "lora_unet_" + name.replace(".", "_")
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, Site]]:
@@ -96,20 +92,21 @@ def plan(membrane: Membrane, sites: Sites, family: str) -> dict[str, str]:
         NoMatchingSiteError: Fewer sites match than the file holds.
         ShapeMismatchError: A factor does not fit its site.
     """
-    if membrane.architecture and membrane.architecture != sites.architecture:
+    other = membrane.architecture != sites.architecture if membrane.architecture else membrane.base not in ("", family)
+    if other:
         raise BaseModelMismatchError(
             f"membrane {membrane.concept!r} was made for base {membrane.base!r} "
-            f"(architecture {membrane.architecture[:12]}), this model is {family!r} ({sites.architecture[:12]}); "
-            f"use the membrane of {membrane.concept!r} for {family!r}, or train one"
+            f"(architecture {membrane.architecture[:12] or 'not stated'}), this model is {family!r} "
+            f"({sites.architecture[:12]}); use the membrane of {membrane.concept!r} for {family!r}, or train one"
         )
     names = sites.by_key()
     missing = [key for key in membrane.factors if key not in names]
     if missing:
         found = len(membrane.factors) - len(missing)
+        made_for = f"base {membrane.base!r}" if membrane.base else "another base model, which it does not name"
         raise NoMatchingSiteError(
             f"membrane {membrane.concept!r} holds {len(membrane.factors)} sites, {found} of them are in this model "
-            f"({family!r}, {len(names)} sites); the first one missing is {missing[0]!r}. It was made for another base "
-            "model."
+            f"({family!r}, {len(names)} sites); the first one missing is {missing[0]!r}. It was made for {made_for}."
         )
     for key, factor in membrane.factors.items():
         name = names[key]

@@ -10,35 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from safegen.backend.conditioning import TextSeam
-
-
-class _MethodWatch:
-    """Stands in for one method of one object, as an attribute of the instance."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner, self._name = owner, name
-        self._base: Callable[..., Any] = getattr(owner, name)
-        self._had = owner.__dict__.get(name)
-
-    def attach(self) -> None:
-        """Starts to watch."""
-        self._owner.__dict__[self._name] = self
-
-    def detach(self) -> None:
-        """Stops; the object is as before. Leaves a stand-in that somebody else has put in place since."""
-        if self._owner.__dict__.get(self._name) is not self:
-            return
-        if self._had is None:
-            del self._owner.__dict__[self._name]
-        else:
-            self._owner.__dict__[self._name] = self._had
+from safegen.backend.standin import StandIn
 
 
 def _texts(value: Any) -> list[str]:
@@ -47,18 +26,43 @@ def _texts(value: Any) -> list[str]:
     return [v for v in value if isinstance(v, str)] if isinstance(value, list | tuple) else []
 
 
-class EncodePromptWatch(_MethodWatch):
+class EncodePromptWatch(StandIn):
     """Tells the text seam which texts `pipe.encode_prompt` encodes, and which rows it returns as negative prompts."""
 
-    def __init__(self, pipe: Any, seam: TextSeam, prove: Callable[[], None]) -> None:
+    def __init__(
+        self, pipe: Any, parts: Mapping[str, Any], seam: TextSeam, prove: Callable[[Sequence[str]], None]
+    ) -> None:
+        """Prepares to watch.
+
+        Args:
+            pipe: The pipeline.
+            parts: By name, those of its parts that must be the ones that were guarded.
+            seam: What is told.
+            prove: Called before each encoding with the names of parts that were replaced; raises where the guard is
+                not in place.
+        """
         super().__init__(pipe, "encode_prompt")
+        self._parts = parts
         self._seam = seam
         self._prove = prove
         self._signature = inspect.signature(self._base)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """See `StandIn`. The parts of the copy are copies of the parts."""
+        twin = super().__deepcopy__(memo)
+        twin._parts = {name: memo.get(id(part), part) for name, part in self._parts.items()}
+        return twin
+
+    def _replaced(self) -> list[str]:
+        now = {name: getattr(self._owner, name, None) for name in self._parts}
+        # A compiled part is still the same part.
+        return [name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name]]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Proves that the guard is in place, then runs `encode_prompt` with its texts announced."""
-        self._prove()
+        if not self._active:
+            return self._base(*args, **kwargs)
+        self._prove(self._replaced())
         given = self._signature.bind(*args, **kwargs).arguments
         negatives = _texts(given.get("negative_prompt")) or [""]
         token = self._seam.announce([*negatives, *_texts(given.get("prompt"))])
@@ -85,7 +89,7 @@ def image_digests(decoded: Tensor) -> tuple[str, ...]:
     return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
 
 
-class ImageWatch(_MethodWatch):
+class ImageWatch(StandIn):
     """Hands the digests of decoded images on."""
 
     def __init__(self, pipe: Any, drawn: Callable[[tuple[str, ...]], None]) -> None:
@@ -95,6 +99,8 @@ class ImageWatch(_MethodWatch):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs `decode`, then reports the images."""
         output = self._base(*args, **kwargs)
+        if not self._active:
+            return output
         sample = output[0] if isinstance(output, tuple) else output.sample
         self._drawn(image_digests(sample.detach()))
         return output

@@ -192,19 +192,84 @@ def test_forward_chunking_over_tokens_is_exact(pipe: Any) -> None:
             chunked(pipe, None, dim=0)
 
 
-def test_a_deep_copy_is_refused_and_a_shallow_copy_is_guarded(pipe: Any) -> None:
+def test_a_deep_copy_is_guarded_on_its_own_weights_and_comes_free_with_the_original(pipe: Any) -> None:
+    base, membrane = predict(pipe), random_membrane(pipe)
+    other = tiny_sd(seed=1)
+    with opened(other, [membrane], torch.ones(3, 1)):
+        wanted = predict(other)
+    with opened(pipe, [membrane], torch.ones(3, 1)) as calls:
+        opened_output = predict(pipe)
+        twin = copy.copy(pipe)
+        twin.unet = copy.deepcopy(pipe.unet)
+        assert torch.equal(predict(twin), opened_output)
+        twin.unet.load_state_dict(tiny_sd(seed=1).unet.state_dict())
+        assert torch.equal(predict(twin), wanted)
+        assert torch.equal(predict(pipe), opened_output)
+        assert [len(call.fired) for call in calls] == [48] * 4
+        again = twin.unet = copy.deepcopy(twin.unet)
+        site = again.get_submodule("mid_block.attentions.0.proj_in")
+        attachment = site.__dict__.pop("forward")
+        with pytest.raises(AttestationError, match=r"site mid_block\.attentions\.0\.proj_in no longer carries"):
+            predict(twin)
+        site.__dict__["forward"] = attachment
+        assert torch.equal(predict(twin), wanted)
+    assert torch.equal(predict(pipe), base)
+    assert torch.equal(predict(twin), predict(tiny_sd(seed=1)))
+    assert not any("forward" in module.__dict__ for unet in (pipe.unet, again) for module in unet.modules())
+
+
+def test_what_cannot_be_deep_copied_is_refused(pipe: Any) -> None:
+    hooks: Any = pytest.importorskip("accelerate.hooks")
+    with opened(pipe, [random_membrane(pipe)], torch.ones(3, 1)):
+        for part in (pipe.unet.mid_block, pipe.unet.mid_block.attentions[0].proj_in):
+            with pytest.raises(AttestationError, match="a part of a UNet2DConditionModel under a policy"):
+                copy.deepcopy(part)
+    hooked = tiny_sd()
+    hooks.add_hook_to_module(hooked.unet.mid_block.attentions[0].proj_in, hooks.ModelHook())
+    with (
+        opened(hooked, [random_membrane(hooked)], torch.ones(3, 1)),
+        pytest.raises(AttestationError, match="hook on 'forward' that was installed before the policy"),
+    ):
+        copy.deepcopy(hooked.unet)
+
+
+def test_a_shallow_copy_is_guarded(pipe: Any) -> None:
     base = predict(pipe)
     with opened(pipe, [random_membrane(pipe)], torch.ones(3, 1)):
-        with pytest.raises(AttestationError, match="cannot be deep-copied"):
-            copy.deepcopy(pipe.unet)
-        twin = copy.copy(pipe.unet)
-        x, states = torch.randn(3, 4, 8, 8), torch.randn(3, 16, 32)
-        with torch.no_grad():
-            assert torch.equal(
-                twin(x, torch.tensor(1), encoder_hidden_states=states).sample,
-                pipe.unet(x, torch.tensor(1), encoder_hidden_states=states).sample,
-            )
+        twin = copy.copy(pipe)
+        twin.unet = copy.copy(pipe.unet)
+        assert torch.equal(predict(twin), predict(pipe))
         assert not torch.equal(predict(pipe), base)
+
+
+def gradients(pipe: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    states = torch.randn(2, 16, 32, generator=generator)
+    pipe.unet.zero_grad()
+    pipe.unet(x, torch.tensor(500), encoder_hidden_states=states).sample.square().sum().backward()
+    return [p.grad.clone() for p in pipe.unet.parameters() if p.grad is not None]
+
+
+def test_gradient_checkpointing_runs_blocks_again_with_the_same_opening(pipe: Any) -> None:
+    pipe.unet.train()
+    gamma = torch.tensor([[1.0], [0.5]])
+    closed = gradients(pipe)
+    with opened(pipe, [random_membrane(pipe)], gamma):
+        wanted = gradients(pipe)
+        pipe.unet.enable_gradient_checkpointing()
+        functions = [
+            id(m._gradient_checkpointing_func) for m in pipe.unet.modules() if hasattr(m, "gradient_checkpointing")
+        ]
+        found = gradients(pipe)
+        assert functions == [
+            id(m._gradient_checkpointing_func) for m in pipe.unet.modules() if hasattr(m, "gradient_checkpointing")
+        ]
+        pipe.unet.disable_gradient_checkpointing()
+    pipe.unet.eval()
+    assert not all(torch.allclose(a, b) for a, b in zip(wanted, closed, strict=True))
+    for first, second in zip(found, wanted, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -249,17 +314,3 @@ def test_threads_have_their_own_openings(pipe: Any) -> None:
         thread.join()
     injection.detach()
     assert wrong == []
-
-
-def test_a_site_keeps_few_stacks(pipe: Any) -> None:
-    membranes = [random_membrane(pipe, seed=k) for k in range(6)]
-    backend = backend_of(pipe)
-    injection = Injection(backend.denoiser, backend.sites, membranes, backend.family)
-    gamma = torch.zeros(3, 6)
-    injection.attach(lambda _a, _k: Opening.of(gamma, torch.ones(6)), lambda _: None)
-    for pattern in range(1, 16):
-        gamma[:] = torch.tensor([float(pattern >> k & 1) for k in range(6)])
-        predict(pipe)
-    stacks = {len(site._stacks) for site in injection._sites.values()}
-    injection.detach()
-    assert stacks == {8}

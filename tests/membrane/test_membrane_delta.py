@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from safegen.errors import FormatError, ShapeMismatchError
-from safegen.membrane.delta import Site, add_delta, check_fits, delta_norms, stack
-from safegen.membrane.weights import Factor
+from safegen.membrane.delta import Site, Sizes, add_delta, check_fits, delta_norms, pool, stack
+from safegen.membrane.weights import Factor, Membrane
 
 SITES: dict[str, tuple[Site, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 5), (4, 7, 6)),
@@ -65,15 +65,20 @@ def applied(module: Site, weight: Tensor, x: Tensor) -> Tensor:
         return twin(x.double())
 
 
-def spread(gamma: Tensor, pairs: list[Factor]) -> Tensor:
-    """Coefficients per membrane [rows, n] to coefficients per stacked rank."""
-    return gamma.repeat_interleave(torch.tensor([p.rank for p in pairs]), dim=1)
+def sized(gamma: Tensor, pairs: list[Factor]) -> Sizes:
+    """Coefficients per membrane [rows, n] to sizes per stacked rank."""
+    return Sizes.of(gamma, [p.rank for p in pairs], [p.scale for p in pairs])
 
 
 def delta(module: Site, x: Tensor, pairs: list[Factor], gamma: Tensor) -> Tensor:
     """The delta alone: added to zeros."""
     zeros = torch.zeros_like(module(x))
-    return add_delta(module, x, zeros, stack(pairs, x), spread(gamma, pairs), None)
+    return add_delta(module, x, zeros, stack(pairs).to(x), sized(gamma, pairs), None)
+
+
+def norms(module: Site, x: Tensor, pairs: list[Factor], gamma: Tensor) -> Tensor:
+    """Each membrane's own output, measured."""
+    return delta_norms(module, x, stack(pairs).to(x), sized(gamma, pairs), [p.rank for p in pairs])
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -86,7 +91,7 @@ def test_eq_9_is_the_sum_of_products(name: str, ranks: tuple[int, ...]) -> None:
     gamma = torch.rand(len(x), len(pairs), generator=generator) * 2
     with torch.no_grad():
         y = module(x)
-        found = add_delta(module, x, y, stack(pairs, x), spread(gamma, pairs), None)
+        found = add_delta(module, x, y.clone(), stack(pairs).to(x), sized(gamma, pairs), None)
     wanted = y.double()
     for k, pair in enumerate(pairs):
         size = gamma[:, k].double().view(-1, *[1] * (y.ndim - 1))
@@ -103,9 +108,9 @@ def test_rows_are_opened_by_their_index(name: str) -> None:
     gamma = torch.tensor([[0.5, 1.0], [2.0, 0.25]])
     with torch.no_grad():
         y = module(x)
-        some = add_delta(module, x, y, stack(pairs, x), spread(gamma, pairs), torch.tensor([3, 1]))
+        some = add_delta(module, x, y.clone(), stack(pairs).to(x), sized(gamma, pairs), torch.tensor([3, 1]))
         alone = {
-            row: add_delta(module, x[[row]], y[[row]], stack(pairs, x), spread(gamma[[k]], pairs), None)[0]
+            row: add_delta(module, x[[row]], y[[row]], stack(pairs).to(x), sized(gamma[[k]], pairs), None)[0]
             for k, row in enumerate((3, 1))
         }
     assert torch.equal(some[[0, 2]], y[[0, 2]])
@@ -123,7 +128,7 @@ def test_closed_rows_keep_every_bit_while_others_are_open_and_activations_overfl
     y[0], y[1] = -0.0, torch.inf
     pairs = [factor(module, 2, 1.0, 0)]
     with torch.no_grad():
-        found = add_delta(module, x, y, stack(pairs, x), spread(torch.ones(1, 1), pairs), torch.tensor([2]))
+        found = add_delta(module, x, y.clone(), stack(pairs).to(x), sized(torch.ones(1, 1), pairs), torch.tensor([2]))
     closed = [0, 1, 3]
     assert torch.equal(found[closed].view(torch.int16), y[closed].view(torch.int16))  # bits: -0.0 and inf stay
     assert torch.isfinite(found[2]).all()
@@ -138,10 +143,10 @@ def test_a_membrane_shut_for_a_row_is_left_out_though_the_row_is_open_for_anothe
     gamma = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     pairs = [fine, overflowing]
     y = torch.zeros(2, 1, 2).half()
-    found = add_delta(module, x, y, stack(pairs, x), spread(gamma, pairs), None)
+    found = add_delta(module, x, y.clone(), stack(pairs).to(x), sized(gamma, pairs), None)
     torch.testing.assert_close(found[0], torch.full((1, 2), 6.0).half(), atol=0.01, rtol=0)
     assert not torch.isfinite(found[1]).any()
-    assert torch.isfinite(delta_norms(module, x, stack(pairs, x), spread(gamma, pairs))[0]).all()
+    assert torch.isfinite(norms(module, x, pairs, gamma)[0]).all()
 
 
 @given(
@@ -210,7 +215,7 @@ def test_norms_are_those_of_the_written_out_products(name: str) -> None:
     gamma = torch.rand(len(x), 2, generator=torch.Generator().manual_seed(6))
     gamma[0, 1] = 0
     with torch.no_grad():
-        found = delta_norms(module, x, stack(pairs, x), spread(gamma, pairs))
+        found = norms(module, x, pairs, gamma)
     wanted = torch.stack(
         [gamma[:, k].double() * applied(module, product(p), x).flatten(1).norm(dim=1) for k, p in enumerate(pairs)], 1
     )
@@ -220,11 +225,49 @@ def test_norms_are_those_of_the_written_out_products(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_stacks_take_the_dtype_of_what_they_meet(dtype: torch.dtype) -> None:
-    pairs = [Factor(torch.ones(2, 3), torch.ones(4, 2), 6.0)]
-    stacked = stack(pairs, torch.zeros(1, dtype=dtype))
-    assert stacked.down.dtype == stacked.up.dtype == dtype
-    assert stacked.up.tolist() == [[3.0, 3.0]] * 4  # scale = alpha / rank
-    assert stacked.ranks == (2,)
+    pairs = [Factor(torch.ones(2, 3), torch.ones(4, 2), 6.0), Factor(torch.ones(1, 3), torch.ones(4, 1), 6.0)]
+    stacked = stack(pairs)
+    assert stacked.to(torch.zeros(1)) is stacked
+    half = stacked.to(torch.zeros(1, dtype=dtype))
+    assert half.down.dtype == half.up.dtype == dtype
+    assert half.down.shape == (3, 3)
+    assert half.up.shape == (3, 4)
+
+
+def test_pooled_membranes_are_the_same_and_stack_without_a_copy() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def membrane(name: str, rank: int, *keys: str) -> Membrane:
+        factors = {
+            key: Factor(
+                torch.randn(rank, 6, *tail, generator=generator),
+                torch.randn(5, rank, *[1 for _ in tail], generator=generator),
+                2.0,
+            )
+            for key in keys
+            for tail in ([3, 3] if key == "conv" else [],)
+        }
+        return Membrane(name, (name,), "mini", "", factors)
+
+    given = [membrane("a", 1, "linear", "conv"), membrane("b", 3, "conv"), membrane("c", 2, "linear", "conv")]
+    found = pool(given)
+    for before, after in zip(given, found, strict=True):
+        assert before.concept == after.concept
+        assert before.factors.keys() == after.factors.keys()
+        for key, factor in before.factors.items():
+            assert torch.equal(factor.down, after.factors[key].down)
+            assert torch.equal(factor.up, after.factors[key].up)
+            assert factor.alpha == after.factors[key].alpha
+    for key in ("linear", "conv"):
+        factors = [m.factors[key] for m in found if key in m.factors]
+        stacked = stack(factors)
+        assert stacked.down.data_ptr() == factors[0].down.data_ptr()
+        assert stacked.up.data_ptr() == factors[0].up.data_ptr()
+        apart = stack([m.factors[key] for m in given if key in m.factors])
+        assert torch.equal(stacked.down, apart.down)
+        assert torch.equal(stacked.up, apart.up)
+        some = stack(factors[1:])
+        assert torch.equal(some.down, apart.down[factors[0].rank :])
 
 
 @pytest.mark.parametrize(

@@ -200,23 +200,52 @@ def test_a_guard_whose_attachments_were_tampered_with_says_so_when_it_is_removed
     assert not guard.removed
 
 
-def test_hooks_installed_later_must_come_off_first(tmp_path: Path, audit_key: HmacKey) -> None:
+def accelerate_hook(module: Any) -> Callable[[], None]:
     hooks: Any = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    return lambda: hooks.remove_hook_from_module(module)
+
+
+def diffusers_hook(module: Any) -> Callable[[], None]:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "other")
+    return lambda: module._diffusers_hook.remove_hook("other")
+
+
+def two_hooks(module: Any) -> Callable[[], None]:
+    inner, outer = diffusers_hook(module), accelerate_hook(module)
+
+    def undo() -> None:
+        outer()
+        inner()
+
+    return undo
+
+
+@pytest.mark.parametrize("hook", [accelerate_hook, diffusers_hook, two_hooks])
+def test_hooks_installed_later_stay_and_run_what_they_would_without_the_policy(
+    hook: Callable[[Any], Callable[[], None]], tmp_path: Path, audit_key: HmacKey
+) -> None:
     pipe = tiny_sd()
     base = draw(pipe, "a ghost")
     guard = applied(pipe, tmp_path, audit_key)
-    hooks.add_hook_to_module(pipe.unet.get_submodule(SITE), hooks.ModelHook())
-    with pytest.raises(AttestationError, match="wrap 1 of its attachments"):
-        guard.remove()
-    assert not torch.equal(draw(pipe, "a ghost"), base)  # still in force
-    hooks.remove_hook_from_module(pipe.unet.get_submodule(SITE))
+    hooked = [pipe.unet.get_submodule(SITE), pipe.unet, pipe.text_encoder]
+    remove = [hook(module) for module in hooked]
+    assert not torch.equal(draw(pipe, "a ghost"), base)  # in force below the hooks
     guard.remove()
     assert torch.equal(draw(pipe, "a ghost"), base)
+    for undo in remove:
+        undo()
+    assert torch.equal(draw(pipe, "a ghost"), base)
+    method = type(pipe.text_encoder).forward
+    assert all(getattr(module.forward, "__func__", None) in (type(module).forward, method) for module in hooked)
 
 
-def test_somebody_elses_stand_ins_are_left_alone(tmp_path: Path, audit_key: HmacKey) -> None:
+def test_somebody_elses_stand_ins_are_left_alone_and_call_nothing_of_ours(tmp_path: Path, audit_key: HmacKey) -> None:
     """On the text encoder, the autoencoder and the pipeline only observers sit; another patch may wrap them."""
     pipe = tiny_sd()
+    base = draw(pipe, "a ghost")
     guard = applied(pipe, tmp_path, audit_key)
     decode, encode, forward = pipe.vae.decode, pipe.encode_prompt, pipe.text_encoder.forward
     pipe.vae.decode, pipe.encode_prompt = partial(decode), partial(encode)
@@ -224,3 +253,4 @@ def test_somebody_elses_stand_ins_are_left_alone(tmp_path: Path, audit_key: Hmac
     theirs = (pipe.vae.decode, pipe.encode_prompt, pipe.text_encoder.forward)
     guard.remove()
     assert (pipe.vae.decode, pipe.encode_prompt, pipe.text_encoder.forward) == theirs
+    assert torch.equal(draw(pipe, "a ghost"), base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from safegen.audit import HmacKey
 from safegen.backend import backend_of
 from safegen.backend.sites import file_key
+from safegen.errors import AttestationError, CoverageError
 from safegen.membrane.weights import Membrane
 
 PROMPTS = ["a ghost", "a fox"]  # the first opens the membrane fully, the second leaves it shut
@@ -110,6 +112,13 @@ def accelerate_hooks(pipe: Any, _lora: Path) -> None:
     hooks.add_hook_to_module(pipe.unet, hooks.ModelHook())
 
 
+def model_offload(pipe: Any, _lora: Path) -> None:
+    """What `enable_model_cpu_offload` installs on every part, here with the CPU for a device."""
+    accelerate: Any = pytest.importorskip("accelerate")
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        accelerate.cpu_offload_with_hook(part, torch.device("cpu"))
+
+
 def replaced_scheduler(pipe: Any, _lora: Path) -> None:
     from diffusers import EulerDiscreteScheduler
 
@@ -139,6 +148,7 @@ EXACT: list[Operation] = [
     channels_last,
     group_offload,
     accelerate_hooks,
+    model_offload,
     replaced_scheduler,
     heun,
 ]
@@ -265,6 +275,82 @@ def test_a_lora_that_stays_loaded_does_not_keep_a_policy_from_coming_off(
     )
     load(pipe, lora)
     assert torch.equal(images(pipe), loaded)
+
+
+def deep_copied(pipe: Any) -> Any:
+    return copy.deepcopy(pipe)
+
+
+def with_a_copied_denoiser(pipe: Any) -> Any:
+    parts = {name: part for name, part in pipe.components.items() if name != "unet"}
+    twin = type(pipe)(**parts, unet=copy.deepcopy(pipe.unet), requires_safety_checker=False)
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+@pytest.mark.parametrize("copied", [deep_copied, with_a_copied_denoiser])
+def test_deep_copies_are_guarded_until_the_policy_is_removed(
+    copied: Callable[[Any], Any], tmp_path: Path, audit_key: HmacKey
+) -> None:
+    pipe = tiny_sd()
+    base = images(pipe)
+    guard = applied(pipe, tmp_path, audit_key)
+    wanted = images(pipe)
+    twin = copied(pipe)
+    assert torch.equal(images(twin), wanted)
+    assert len(records(tmp_path, "gated")) == len(records(tmp_path, "generated")) == 4
+    guard.remove()
+    assert torch.equal(images(twin), base)
+    assert torch.equal(images(pipe), base)
+    parts = (twin, twin.vae, twin.text_encoder)
+    assert not any({"forward", "decode", "encode_prompt"} & part.__dict__.keys() for part in parts)
+
+
+def test_a_deep_copy_whose_denoiser_is_replaced_is_refused(tmp_path: Path, audit_key: HmacKey) -> None:
+    pipe = tiny_sd()
+    applied(pipe, tmp_path, audit_key)
+    twin = copy.deepcopy(pipe)
+    twin.unet = tiny_sd().unet
+    with pytest.raises(AttestationError, match=r"pipe\.unet was replaced"):
+        images(twin)
+    images(pipe)
+
+
+def broadcast(pipe: Any) -> None:
+    """Pyramid attention broadcast: most attention layers hand out an earlier step's output."""
+    from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    config = PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2,
+        cross_attention_timestep_skip_range=(-1, 1001),
+        cross_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+
+
+def reset(pipe: Any) -> None:
+    from diffusers.hooks import HookRegistry
+
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).reset_stateful_hooks()
+
+
+def test_a_step_cache_may_skip_what_has_run_with_the_same_prompts(tmp_path: Path, audit_key: HmacKey) -> None:
+    pipe, base, merged = tiny_sd(), tiny_sd(), tiny_sd()
+    membrane = random_membrane(pipe, floor=1.0, size=0.15)
+    merge(merged, membrane)
+    applied(pipe, tmp_path, audit_key, membranes=[membrane])
+    exact = images(pipe)
+    for each in (pipe, base, merged):
+        broadcast(each)
+    found, plain, wanted = (draw(each, PROMPTS, guidance_scale=1, steps=5) for each in (pipe, base, merged))
+    assert torch.equal(found[1], plain[1])
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-3)
+    assert not torch.equal(found, exact)
+    with pytest.raises(CoverageError, match="a cache that holds another run"):
+        draw(pipe, list(reversed(PROMPTS)), guidance_scale=1)
+    reset(pipe)
+    assert torch.equal(draw(pipe, PROMPTS, guidance_scale=1, steps=5), found)
 
 
 @pytest.mark.slow

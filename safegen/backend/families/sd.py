@@ -41,7 +41,7 @@ class StableDiffusion:
         self._tokenizer: Any = copy.deepcopy(pipe.tokenizer)
         self.tokenise([""])
         self.vocabulary = self._base_vocabulary()
-        self._parts = {name: getattr(pipe, name, None) for name in _PARTS}
+        self.parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in _PARTS}
         self.sites: Sites = find_sites(pipe.unet, Transformer2DModel)
         config = pipe.unet.config
         key = (config.cross_attention_dim, tuple(config.block_out_channels))
@@ -106,12 +106,6 @@ class StableDiffusion:
         """See `Backend`."""
         encoder: Any = self.pipe.text_encoder
         return encoder(ids.to(encoder.device))[0]
-
-    @property
-    def replaced(self) -> tuple[str, ...]:
-        """See `Backend`. A compiled part is still the same part."""
-        now = {name: getattr(self.pipe, name, None) for name in _PARTS}
-        return tuple(name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name])
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
