@@ -3,13 +3,15 @@
     python benchmarks/end_to_end.py [--json] [--images 200] [--concept ghost …]
 
 Every figure is judged by the independent judge over `--images` images (at least 200 for a reported figure), before and
-after from the same seeds. The peer is the same pipeline without a policy, drawn in the same run.
+after from the same seeds. The peer is the same pipeline without a policy, drawn in the same run. Exit code 1 if a floor
+is missed. `python benchmarks/report.py` renders docs/results.md from what `--json` printed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -26,9 +28,11 @@ from rich.console import Console
 import safegen
 from safegen import mini
 from safegen.audit import HmacKey, read_records, verify
-from safegen.evaluation.erasure import Case, Drawn, cases, draw_cases, identical
+from safegen.evaluation.erasure import Case, Drawn, cases, draw_cases, draw_scenes, identical, scenes
 from safegen.mini import zoo
-from safegen.mini.examine import draw_images
+from safegen.mini.card import size_of
+from safegen.mini.catalogue import Object
+from safegen.mini.examine import draw_images, examine
 from safegen.mini.judge import Judge
 
 GROUPS = ("target", "neighbour", "unrelated")
@@ -42,18 +46,19 @@ class Floor:
 
     name: str
     value: float
+    bound: Literal["at least", "at most"]
     floor: float
     holds: bool
 
     @classmethod
     def at_least(cls, name: str, value: float, floor: float) -> Floor:
         """A number that must not be lower."""
-        return cls(name, round(value, 4), floor, value >= floor)
+        return cls(name, round(value, 4), "at least", floor, value >= floor)
 
     @classmethod
     def at_most(cls, name: str, value: float, floor: float) -> Floor:
         """A number that must not be higher."""
-        return cls(name, round(value, 4), floor, value <= floor)
+        return cls(name, round(value, 4), "at most", floor, value <= floor)
 
 
 def policy_of(concepts: Sequence[str], folder: Path) -> Path:
@@ -149,6 +154,27 @@ class Bench:
         return results, floors
 
 
+def scene_results(pipe: Any, judge: Judge, concepts: Sequence[str], images: int, folder: Path) -> dict[str, Any]:
+    """Counts what is seen in scenes of a shipped object and another one, before and under mini-strict."""
+    objects = [concept for concept in concepts if isinstance(zoo.find(concept), Object)]
+    asked = [scene for concept in objects for scene in scenes(concept, -(-images // len(objects)), seed=2)]
+    if not asked:
+        return {}
+    before = draw_scenes(pipe, judge, asked, seed=80_000, label="scenes before")
+    with guarded(pipe, "mini-strict", folder):
+        after = draw_scenes(pipe, judge, asked, seed=80_000, label="scenes after")
+    return {
+        f"scenes of two objects ({len(asked)}): target seen": {
+            "before": before.target_seen(),
+            "after": after.target_seen(),
+        },
+        f"scenes of two objects ({len(asked)}): other object seen": {
+            "before": before.other_seen(),
+            "after": after.other_seen(),
+        },
+    }
+
+
 def removal(pipe: Any, folder: Path) -> list[Floor]:
     """Compares fingerprint and outputs before a policy and after its removal."""
     prompts = ["a ghost", "a fox", "a robot in the style of popart"]
@@ -173,26 +199,28 @@ def seconds_per_image(pipe: Any) -> float:
     return sorted(times[1:])[1]
 
 
-def model_floors(pipe: Any) -> list[Floor]:
-    """Returns the floors of the embedded model; its judged shares come from the build's own examination."""
-    figures = json.loads((mini.folder() / "figures.json").read_text())
+def model_floors(pipe: Any, judge: Judge, images: int) -> list[Floor]:
+    """Examines the embedded model; `images` are those of the other figures, and five times as many are drawn.
+
+    The judge's own accuracy needs the emoji art, which is not there offline: it is the one that its build measured.
+    """
+    figures = examine(pipe, judge, images=5 * images + 50)
     judged = json.loads((mini.folder().parent / "judge_weights" / "judge.json").read_text())["accuracy"]
-    size = sum(p.stat().st_size for p in mini.folder().rglob("*") if p.is_file()) / 1e6
     return [
-        Floor.at_least("judge: objects, held-out augmented pictures", judged["objects"], 0.97),
-        Floor.at_least("judge: styles, held-out augmented pictures", judged["styles"], 0.95),
+        Floor.at_least("judge: objects, held-out augmented pictures (as its build states)", judged["objects"], 0.97),
+        Floor.at_least("judge: styles, held-out augmented pictures (as its build states)", judged["styles"], 0.95),
         Floor.at_least("model: object as asked", figures["object"], 0.9),
         Floor.at_least("model: style as asked", figures["style"], 0.9),
         Floor.at_least("model: left-out pairs, both", figures["held_out"], 0.6),
         Floor.at_least("model: images examined", figures["images"], 1000),
-        Floor.at_most("model: MB", size, 24.0),
+        Floor.at_most("model: MB", size_of(mini.folder()), 24.0),
         Floor.at_most("model: seconds an image, batch 8, 25 steps", seconds_per_image(pipe), 0.5),
     ]
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    images: Annotated[int, typer.Option(help="Images per figure.")] = 200,
+    images: Annotated[int, typer.Option(min=1, help="Images per figure.")] = 200,
     concept: Annotated[list[str] | None, typer.Option(help="Concepts; all shipped ones by default.")] = None,
 ) -> None:
     """Measures every number that the issue "One prompt, end to end" names."""
@@ -200,7 +228,7 @@ def main(
     pipe, judge = mini.load(), mini.load_judge()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        floors = model_floors(pipe) + removal(pipe, folder)
+        floors = model_floors(pipe, judge, images) + removal(pipe, folder)
         bench = Bench(pipe, judge, concepts, images, folder)
         results: dict[str, Any] = {}
         for one in concepts:
@@ -209,9 +237,11 @@ def main(
             results |= found
             floors += more
         found, more = bench.under("mini-strict", concepts, "all")
-        results |= found
+        results |= found | scene_results(pipe, judge, concepts, images, folder)
         floors += more
     report = {
+        "benchmark": "One prompt, end to end",
+        "command": shlex.join(["python", "benchmarks/end_to_end.py", *sys.argv[1:]]),
         "model": "safegen-mini",
         "peer": "the same pipeline without a policy",
         "images_per_figure": images,
@@ -221,9 +251,11 @@ def main(
     }
     if as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
-        return
     for floor in floors:
-        console.print(f"{'holds ' if floor.holds else 'MISSED'} {floor.name}: {floor.value} (floor {floor.floor})")
+        verdict = "holds " if floor.holds else "MISSED"
+        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
+    if not all(floor.holds for floor in floors):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -274,14 +274,27 @@ class SiteAttachment(StandIn):
                 "cannot be matched; turn off what splits the batch (forward chunking over dimension 0)."
             )
         opening.fired.add(self.name)
+        return self.add(opening, x, y)
+
+    def prepare(self, opening: Opening, like: Tensor) -> tuple[Choice, Stack] | None:
+        """Returns what is open here, for an output like this one; None for nothing. Worked out once per opening."""
         choice = opening.at(self.carried) if opening.membranes else None
-        if choice is None:
+        return None if choice is None else (choice, opening.stack_of(self.name, self._full(like), choice))
+
+    def add(self, opening: Opening, x: Tensor, y: Tensor) -> Tensor:
+        """Adds to `y`, the base module's output for `x`, what an opening opens here."""
+        prepared = self.prepare(opening, y)
+        if prepared is None:
             return y
-        stacked = opening.stack_of(self.name, self._full(y), choice)
+        choice, stacked = prepared
         rows = opening.rows.to(x.device) if isinstance(opening.rows, Tensor) else opening.rows
         if opening.effects is not None:
             opening.effects.append(self._measured(opening, x, y, stacked, choice, rows))
         return add_delta(self.module, x, y, stacked, choice.sizes, rows)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns the tensors that it holds."""
+        return self._stack.down, self._stack.up, self._working.down, self._working.up
 
     def _measured(self, opening: Opening, x: Tensor, y: Tensor, stacked: Stack, choice: Choice, rows: Rows) -> Tensor:
         """Returns ‖γ s Δ‖ / ‖W x‖ of each membrane here, [open rows, membranes of the opening]."""

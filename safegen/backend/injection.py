@@ -74,6 +74,10 @@ class Injection:
         """Names of the sites that carry at least one membrane."""
         return tuple(self._sites)
 
+    def site(self, name: str) -> SiteAttachment:
+        """Returns one site's attachment."""
+        return self._sites[name]
+
     @property
     def attached(self) -> bool:
         """Whether it was attached, and not detached since."""

@@ -59,7 +59,7 @@ Threshold = Annotated[
         show_default="never: exit 0 whatever is found",
     ),
 ]
-ShowAll = Annotated[bool, typer.Option("--all", help="List prompts that touch no rule too.")]
+ShowAll = Annotated[bool, typer.Option("--all", help="List shut membranes too, with their scores, for every prompt.")]
 
 
 def audit(
@@ -179,7 +179,8 @@ def _decided(rows: Rows, gatekeeper: Gatekeeper, summary: Summary) -> Decided:
     done = 0
     with progress("deciding", rows.count, beside=True) as step:
         for batch in rows.batches():
-            found = [decision_values(d) for d in gatekeeper.decide_texts([row["prompt"] for row in batch])]
+            decisions = gatekeeper.decide_texts([row["prompt"] for row in batch])
+            found = [decision_values(decision, gatekeeper.policy) for decision in decisions]
             summary.add(found)
             done += len(batch)
             step(done, "")
@@ -203,8 +204,7 @@ def _print_tables(decided: Decided, summary: Summary, *, show_all: bool) -> None
     for batch in decided:
         lines: list[Line] = []
         for row, decision in batch:
-            if decision["fired"] or show_all:
-                lines += decision_lines(row["line"], row["prompt"], decision)
+            lines += decision_lines(row["line"], row["prompt"], decision, shut=show_all)
         if lines:
             sheet.add(lines)
     closed = summary.prompts - summary.touching

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from safegen.evaluation.sheet import write_line
 
 _CELL = 128
 _GAP = 6  # between the two images of a pair
@@ -16,7 +18,7 @@ _LINE = 16
 _TEXT = 3 * _LINE + 10  # below a pair: prompt, what happened, what the judge sees
 _HEADING = 54  # a group's heading, and the words above its columns
 
-_INK, _GREY, _GREEN, _BLUE, _RED = "#1a1a1a", "#666666", "#1a7f37", "#0b57d0", "#b3261e"
+_GREY, _GREEN, _BLUE, _RED = "#666666", "#1a7f37", "#0b57d0", "#b3261e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +70,16 @@ def contact_sheet(title: str, groups: Sequence[Group]) -> Image.Image:
     width = _PAIRS_PER_ROW * (_PAIR + _MARGIN) + _MARGIN
     sheet = Image.new("RGB", (width, 76 + sum(group.height for group in groups) + _MARGIN // 2), "white")
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (_MARGIN, 16), title, size=22, width=width - 2 * _MARGIN)
+    write_line(pen, (_MARGIN, 16), title, size=22, width=width - 2 * _MARGIN)
     explained = "Each pair: the same prompt and seed, drawn by the base model (left) and with the policy (right)."
-    _write(pen, (_MARGIN, 46), explained, size=14, colour=_GREY, width=width - 2 * _MARGIN)
+    write_line(pen, (_MARGIN, 46), explained, size=14, colour=_GREY, width=width - 2 * _MARGIN)
     top = 76
     for group in groups:
-        _write(pen, (_MARGIN, top + 6), group.heading, size=17, width=width - 2 * _MARGIN)
+        write_line(pen, (_MARGIN, top + 6), group.heading, size=17, width=width - 2 * _MARGIN)
         for column in range(min(len(group.pairs), _PAIRS_PER_ROW)):
             left = _MARGIN + column * (_PAIR + _MARGIN)
             for k, name in enumerate(("base", "with policy")):
-                _write(pen, (left + k * (_CELL + _GAP), top + 34), name, size=12, colour=_GREY, width=_CELL)
+                write_line(pen, (left + k * (_CELL + _GAP), top + 34), name, size=12, colour=_GREY, width=_CELL)
         for index, pair in enumerate(group.pairs):
             row, column = divmod(index, _PAIRS_PER_ROW)
             corner = (_MARGIN + column * (_PAIR + _MARGIN), top + _HEADING + row * (_CELL + _TEXT + 12))
@@ -95,21 +97,10 @@ def _draw_pair(sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, 
         sheet.paste(image.convert("RGB").resize((_CELL, _CELL), how), place)
         pen.rectangle((place[0] - 1, top - 1, place[0] + _CELL, top + _CELL), outline="#cccccc")
     below = top + _CELL + 5
-    _write(pen, (left, below), f'"{pair.prompt}"', size=13, width=_PAIR)
+    write_line(pen, (left, below), f'"{pair.prompt}"', size=13, width=_PAIR)
     outcome = "bit-identical" if pair.identical else "changed"
     text = f"{outcome}; {pair.action}" if pair.action else outcome
     colour = _GREEN if pair.identical else _BLUE if pair.action else _RED  # red: changed, and nothing says why
-    _write(pen, (left, below + _LINE), text, size=12, colour=colour, width=_PAIR)
+    write_line(pen, (left, below + _LINE), text, size=12, colour=colour, width=_PAIR)
     if pair.seen:
-        _write(pen, (left, below + 2 * _LINE), f"judge sees: {pair.seen}", size=12, colour=_GREY, width=_PAIR)
-
-
-def _write(
-    pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, *, size: int, width: int, colour: str = _INK
-) -> None:
-    """Writes one line, shortened to `width` pixels; characters that Pillow's own font may lack become "?"."""
-    font = ImageFont.load_default(size)
-    text = text.encode("ascii", "replace").decode("ascii")
-    while font.getlength(text) > width:
-        text = text.removesuffix("...")[:-1] + "..."
-    pen.text(at, text, fill=colour, font=font)
+        write_line(pen, (left, below + 2 * _LINE), f"judge sees: {pair.seen}", size=12, colour=_GREY, width=_PAIR)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from safegen.cli import options
-from safegen.cli.describe import SCORE_COLUMNS, DecisionValues, decision_values, nearest, score_cells
+from safegen.cli.describe import SCORE_COLUMNS, DecisionValues, because, decision_values, nearest, score_cells
 from safegen.cli.render import Column, Line, Sheet, progress, say, show
 from safegen.errors import AttestationError
 
@@ -147,7 +147,7 @@ def show_demo(
     before = weights_digest(pipe)
     base = _draw(pipe, texts, how, "drawing without the policy")
     with apply_policy(pipe, policy, audit=log, audit_key=audit_key, membranes=membranes) as guard:
-        decisions = [decision_values(decision) for decision in guard.decide(texts)]
+        decisions = [decision_values(decision, guard.policy) for decision in guard.decide(texts)]
         guarded = _draw(pipe, texts, how, "drawing with the policy")
     after = weights_digest(pipe)
     headings = [heading for heading, group in prompts.items() for _ in group]
@@ -234,7 +234,7 @@ def _lines(one: Drawn) -> list[Line]:
             membrane["concept"] if membrane else "-",
             *score_cells(membrane),
             decision["outcome"] if first else "",
-            ", ".join(membrane["words"]) if membrane and membrane["opened"] else "",
+            because(membrane) if membrane and membrane["opened"] else "",
             one.seen if first else "",
             outcome if first else "",
         )

@@ -14,18 +14,24 @@ _DIGITS = 6  # as in the audit log
 
 
 class HitValues(TypedDict):
-    """A rule whose concept the prompt names."""
+    """A rule whose concept the prompt names; `action` is what it does to such prompts on this base model."""
 
     rule: str
     concept: str
     phrase: str
+    action: str
 
 
 class MembraneValues(TypedDict):
-    """How far one membrane opens for one prompt, and why."""
+    """How far one membrane opens for one prompt, and why.
+
+    `action` is "erase" where it opens and "allow" where it stays shut. `words` did it; where none did, `similar_to` is
+    the concept that the prompt's encoding as a whole comes close to.
+    """
 
     rule: str
     concept: str
+    action: str
     opened: bool
     permeability: float
     floor: float
@@ -33,6 +39,7 @@ class MembraneValues(TypedDict):
     token: float | None
     lexical: float | None
     words: list[str]
+    similar_to: str | None
 
 
 class DecisionValues(TypedDict):
@@ -61,8 +68,9 @@ def policy_values(policy: ResolvedPolicy) -> PolicyValues:
     return {"id": policy.id, "version": policy.version, "digest": f"sha256:{policy.digest}", "mode": policy.mode}
 
 
-def decision_values(decision: Decision) -> DecisionValues:
-    """Returns a decision as plain values, numbers rounded to six digits."""
+def decision_values(decision: Decision, policy: ResolvedPolicy) -> DecisionValues:
+    """Returns a decision under `policy` as plain values, numbers rounded to six digits."""
+    actions = {rule.id: rule.effective for rule in policy.rules} if decision.hits else {}
     fired = [hit.rule for hit in decision.hits]
     fired += [activation.installed.rule.id for activation in decision.activations if activation.opened]
     return {
@@ -71,16 +79,21 @@ def decision_values(decision: Decision) -> DecisionValues:
         "severity": decision.rule.severity.value if decision.rule else None,
         "reason": decision.reason,
         "fired": list(dict.fromkeys(fired)),
-        "hits": [{"rule": hit.rule, "concept": hit.concept, "phrase": hit.phrase} for hit in decision.hits],
+        "hits": [
+            {"rule": hit.rule, "concept": hit.concept, "phrase": hit.phrase, "action": actions[hit.rule]}
+            for hit in decision.hits
+        ],
         "membranes": [_membrane_values(activation) for activation in decision.activations],
     }
 
 
 def _membrane_values(activation: Activation) -> MembraneValues:
     score = activation.score
+    concept = activation.installed.rule.concept
     return {
         "rule": activation.installed.rule.id,
-        "concept": activation.installed.rule.concept.id,
+        "concept": concept.id,
+        "action": "erase" if activation.opened else "allow",
         "opened": activation.opened,
         "permeability": round(activation.permeability, _DIGITS),
         "floor": round(activation.installed.floor, _DIGITS),
@@ -88,6 +101,7 @@ def _membrane_values(activation: Activation) -> MembraneValues:
         "token": None if score.token is None else round(score.token, _DIGITS),
         "lexical": None if score.lexical is None else round(score.lexical, _DIGITS),
         "words": list(score.words),
+        "similar_to": concept.name if activation.opened and not score.words else None,
     }
 
 
@@ -95,11 +109,11 @@ SCORE_COLUMNS = (Column("γ", width=5), Column("clipcos", width=7), Column("toke
 DECISION_COLUMNS = (
     Column("line", width=6),
     Column("prompt", share=3),
-    Column("outcome", width=7),
+    Column("action", width=6),
     Column("rule", share=2),
     Column("membrane", share=2),
     *SCORE_COLUMNS,
-    Column("words", share=2),
+    Column("trigger words", share=3),
 )
 
 
@@ -120,21 +134,39 @@ def nearest(decision: DecisionValues) -> MembraneValues | None:
     return max(decision["membranes"], key=score, default=None)
 
 
-def decision_lines(number: int, prompt: str, decision: DecisionValues) -> list[Line]:
-    """Returns the lines of a prompt under `DECISION_COLUMNS`: one for each rule that it touches, one if none."""
-    opened = {membrane["rule"]: membrane for membrane in decision["membranes"] if membrane["opened"]}
-    if not decision["fired"]:
-        cells = (str(number), prompt, decision["outcome"], "-", "-", *score_cells(None), "")
-        return [Line(cells, dim=True)]
-    lines: list[Line] = []
-    for rule in decision["fired"]:
-        membrane = opened.get(rule)
-        words = membrane["words"] if membrane else [hit["phrase"] for hit in decision["hits"] if hit["rule"] == rule]
-        lead = (str(number), prompt, decision["outcome"]) if not lines else ("", "", "")
-        concept = membrane["concept"] if membrane else "-"
-        lines.append(
-            Line(
-                (*lead, rule, concept, *score_cells(membrane), ", ".join(words)), bright=decision["outcome"] == "refuse"
-            )
-        )
-    return lines
+def because(membrane: MembraneValues) -> str:
+    """Returns what opened a membrane, for people: the words, or else what the whole prompt is similar to."""
+    if membrane["words"]:
+        return ", ".join(membrane["words"])
+    return f"similar to {membrane['similar_to']!r}" if membrane["similar_to"] else ""
+
+
+def decision_lines(number: int, prompt: str, decision: DecisionValues, *, shut: bool = False) -> list[Line]:
+    """Returns the lines of a prompt under `DECISION_COLUMNS`: one for each membrane that opens and each rule it names.
+
+    Args:
+        number: Line of the prompt in its file.
+        prompt: The prompt.
+        decision: What was decided.
+        shut: Whether membranes that stay shut get a line too; a prompt has at least one line then.
+    """
+    refused = decision["outcome"] == "refuse"
+    rows: list[tuple[tuple[str, ...], bool]] = []
+    for membrane in decision["membranes"]:
+        if membrane["opened"] or shut:
+            cells = (membrane["action"], membrane["rule"], membrane["concept"])
+            rows.append(((*cells, *score_cells(membrane), because(membrane)), not membrane["opened"]))
+    acting = {membrane["rule"] for membrane in decision["membranes"] if membrane["opened"]}
+    phrases: dict[tuple[str, str], list[str]] = {}
+    for hit in decision["hits"]:
+        if hit["rule"] not in acting:
+            phrases.setdefault((hit["action"], hit["rule"]), []).append(hit["phrase"])
+    for key, found in phrases.items():
+        rows.append(((*key, "-", *score_cells(None), ", ".join(found)), False))
+    if not rows and shut:
+        rows.append(((decision["outcome"], "-", "-", *score_cells(None), ""), True))
+    leads = [(str(number), prompt), *[("", "")] * len(rows)]
+    return [
+        Line((*lead, *cells), bright=refused and not dim, dim=dim)
+        for lead, (cells, dim) in zip(leads, rows, strict=False)
+    ]

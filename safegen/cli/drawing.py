@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safegen.cli.options import writing
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -65,7 +67,16 @@ def picture(image: Tensor) -> Image:
 
 
 def save_picture(image: Image, path: Path) -> None:
-    """Writes a PNG; a stop leaves the whole file or none."""
+    """Writes a PNG; a stop leaves the whole file or none.
+
+    Raises:
+        UsageError: The file could not be written.
+    """
     draft = path.with_name(f".{path.name}.part")
-    image.save(draft, "PNG")
-    draft.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            image.save(draft, "PNG")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import typer
 
 from safegen.cli import options
-from safegen.cli.describe import DecisionValues, decision_values, nearest, policy_values, score_cells
+from safegen.cli.describe import DecisionValues, because, decision_values, nearest, policy_values, score_cells
 from safegen.cli.render import Column, Line, Sheet, progress, say, show_json
 from safegen.errors import PromptRefused, UsageError
 
@@ -25,10 +25,10 @@ _MINI_GUIDANCE = 4.0  # the guidance that all figures of safegen-mini were measu
 _COLUMNS = (
     Column("file", share=3),
     Column("prompt", share=4),
-    Column("outcome", width=7),
+    Column("action", width=6),
     Column("rule", share=2),
     Column("γ", width=5),
-    Column("words", share=2),
+    Column("trigger words", share=2),
 )
 
 
@@ -113,7 +113,7 @@ def _draw_guarded(
     from safegen.guard import apply_policy
 
     with apply_policy(pipe, policy, audit=audit, membranes=membranes) as guard:
-        decisions = [decision_values(decision) for decision in guard.decide(prompts)]
+        decisions = [decision_values(decision, guard.policy) for decision in guard.decide(prompts)]
         head = {"policy": policy_values(guard.policy), "seed": how.seed, "audit": str(guard.audit_path)}
         images: list[ImageValues] = []
         try:
@@ -149,7 +149,6 @@ def _images(
 ) -> Iterator[ImageValues]:
     from safegen.cli.drawing import draw, picture, save_picture
 
-    out.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()), default=0)
     done = 0
     with progress("drawing", len(prompts)) as step:
@@ -170,6 +169,7 @@ def _images(
 def _line(image: ImageValues) -> Line:
     decision = image["decision"]
     membrane = nearest(decision)
-    words = membrane["words"] if membrane and membrane["opened"] else [hit["phrase"] for hit in decision["hits"]]
+    named = ", ".join(hit["phrase"] for hit in decision["hits"])
+    words = because(membrane) if membrane and membrane["opened"] else named
     cells = (image["file"], image["prompt"], decision["outcome"], decision["rule"] or "-", score_cells(membrane)[0])
-    return Line((*cells, ", ".join(words)), bright=decision["outcome"] != "allow")
+    return Line((*cells, words), bright=decision["outcome"] != "allow")

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 import typer
 
 from safegen.cli import options
-from safegen.cli.render import Column, Line, Sheet, show, show_json, warn
+from safegen.cli.render import Column, Line, Sheet, show_facts, show_json, warn
 
 if TYPE_CHECKING:
+    from safegen.membrane.formats import Reading
     from safegen.membrane.weights import Factor, Membrane
 
 EXAMPLE = "Example: safegen inspect membranes/mini/ghost/membrane.safetensors"
 
+_UNNAMED = "unnamed"  # for a file that names no concept; never shown
 _TOP = 5
 _NOTHING = 1e-8  # norm below which a site changes nothing
 _OUTLIER = 20.0  # times the median norm
@@ -43,19 +45,30 @@ class BlockValues(TypedDict):
 
 
 def inspect(
-    membrane: Annotated[Path, typer.Argument(metavar="MEMBRANE", help="A membrane file, or the folder that holds it.")],
+    membrane: Annotated[
+        Path, typer.Argument(metavar="MEMBRANE", help="A membrane or LoRA file, or the folder that holds a membrane.")
+    ],
+    base: options.Base = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a membrane file holds: where it comes from, and how strongly it acts in which block."""
+    """Show what a membrane file holds: where it comes from, and how strongly it acts in which block.
+
+    Reads LoRA files of every layout that `safegen convert` reads; what they do in a text encoder is only counted.
+    """
     from safegen.bundle.store import MEMBRANE_FILE
-    from safegen.membrane.file import file_digest, read_membrane
+    from safegen.cli.host import load_base
+    from safegen.membrane.formats import read_lora
 
     path = membrane / MEMBRANE_FILE if membrane.is_dir() else membrane
-    content = read_membrane(path)
+    host = load_base(base) if base else None
+    reading = read_lora(path, text_encoder="drop", host=host.walk() if host else None)
+    content = reading.membrane() if reading.concept else reading.membrane(concept=_UNNAMED, targets=[_UNNAMED])
+    if host is not None:
+        host.names(content)
     sites = [_site(key, factor) for key, factor in content.factors.items()]
     blocks = _blocks(sites)
-    facts = _facts(content, path, file_digest(path))
-    warnings = _warnings(sites)
+    facts = _facts(content, reading)
+    warnings = _warnings(sites, reading)
     if as_json:
         show_json(facts | {"blocks": blocks, "sites": sites, "warnings": warnings})
     else:
@@ -64,21 +77,23 @@ def inspect(
         warn(warning)
 
 
-def _facts(membrane: Membrane, path: Path, digest: str) -> dict[str, object]:
+def _facts(membrane: Membrane, reading: Reading) -> dict[str, object]:
     return {
-        "file": str(path),
-        "concept": membrane.concept,
-        "targets": list(membrane.targets),
+        "file": str(reading.path),
+        "layout": str(reading.layout),
+        "concept": membrane.concept if reading.concept else "",
+        "targets": list(membrane.targets) if reading.concept else [],
         "surrogate": membrane.surrogate,
         "base": membrane.base,
         "architecture": membrane.architecture,
         "ranks": sorted({factor.rank for factor in membrane.factors.values()}),
         "site_count": len(membrane.factors),
         "parameters": membrane.parameter_count(),
-        "bytes": path.stat().st_size,
-        "sha256": digest,
+        "bytes": reading.path.stat().st_size,
+        "sha256": reading.sha256,
         "floor": membrane.floor,
         "training_digest": membrane.metadata.get("safegen.training_digest", ""),
+        "derived": membrane.metadata.get("safegen.derived", ""),
     }
 
 
@@ -112,11 +127,13 @@ def _blocks(sites: Sequence[SiteValues]) -> list[BlockValues]:
     return found
 
 
-def _warnings(sites: Sequence[SiteValues]) -> list[str]:
+def _warnings(sites: Sequence[SiteValues], reading: Reading) -> list[str]:
+    found: list[str] = []
+    if reading.dropped:
+        found.append(f"{len(reading.dropped)} tensors of a text encoder are not shown; no membrane can hold them")
     acting = [site for site in sites if site["norm"] > _NOTHING]
     if not acting:
-        return ["this membrane changes nothing: the product of its factors is 0 at every site"]
-    found: list[str] = []
+        return [*found, "this membrane changes nothing: the product of its factors is 0 at every site"]
     if len(acting) < len(sites):
         found.append(f"{len(sites) - len(acting)} of {len(sites)} sites change nothing")
     median = statistics.median(site["norm"] for site in acting)
@@ -130,10 +147,7 @@ def _warnings(sites: Sequence[SiteValues]) -> list[str]:
 
 
 def _print_tables(facts: dict[str, object], blocks: Sequence[BlockValues], sites: Sequence[SiteValues]) -> None:
-    for name, value in facts.items():
-        items: Sequence[object] = value if isinstance(value, list) else [value]
-        text = ", ".join(str(item) for item in items)
-        show(f"{name.replace('_', ' '):<16} {text or '-'}")
+    show_facts(facts)
     columns = (Column("block", share=2), Column("sites", width=5), Column("norm", width=10), Column("share", width=6))
     Sheet((*columns, Column("largest site", share=5)), "Norm of scale·up·down by block").add(
         Line((b["block"], str(b["sites"]), f"{b['norm']:.4g}", f"{b['share']:.1%}", b["largest"])) for b in blocks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +35,14 @@ Membranes = Annotated[
         help="Further folder of membranes, laid out as train writes it; may be given several times.",
     ),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="FAMILY|DIR",
+        help="The model that the file was made for, to find its sites: sd1, sd2, mini, or a pipeline folder.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and nothing else there.")]
 
 
@@ -42,15 +52,46 @@ def policy_for(policy: str | None, model: str) -> str:
 
 
 def check_folder(path: Path) -> None:
-    """Refuses an output folder that cannot be one, before any work is done for it.
+    """Refuses an output folder that cannot be written, before any work is done for it; leaves nothing behind.
+
+    Asking for permissions is not enough (root passes on read-only and virtual file systems), so a file is written.
 
     Raises:
-        UsageError: Something else is in its place, or it could not be created.
+        UsageError: Something else is in its place, it could not be created, or no file can be written there.
     """
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise UsageError(f"{path}: expected an output folder, but {place} is a file; choose another --out")
-    if not os.access(place, os.W_OK):
-        raise UsageError(f"{path}: {place} cannot be written to; choose another --out")
+        raise UsageError(f"{path}: expected an output folder, but {place} is a file; choose another place")
+    folder, made = path.absolute(), list[Path]()
+    try:
+        for part in (*reversed(folder.parents), folder):
+            if not part.is_dir():
+                part.mkdir()
+                made.append(part)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"safegen")
+    except OSError as error:
+        raise _unwritable(path, "expected an output folder that can be written to", error) from error
+    finally:
+        for part in reversed(made):
+            with suppress(OSError):  # somebody else has put something there meanwhile
+                part.rmdir()
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turns what goes wrong while `path` is written (a full disk, say) into a message that says where and what to do.
+
+    Raises:
+        UsageError: The file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(path, "could not be written", error) from error
+
+
+def _unwritable(path: Path, what: str, error: OSError) -> UsageError:
+    return UsageError(f"{path}: {what}: {error.strerror or error}; make room or choose another place, and run again")

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,6 +44,13 @@ def _print(text: str, *, error: bool, lead: str = "", style: str = "") -> None:
 def show(text: str) -> None:
     """Prints lines of data to stdout."""
     _print(text, error=False)
+
+
+def show_facts(facts: Mapping[str, object]) -> None:
+    """Prints named values to stdout, one a line; a list as its items, nothing as "-"."""
+    for name, value in facts.items():
+        items: Sequence[object] = value if isinstance(value, list) else [value]
+        show(f"{name.replace('_', ' '):<16} {', '.join(str(item) for item in items) or '-'}")
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -115,10 +116,15 @@ def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan
     path = out / backend.family / plan.concept / MEMBRANE_FILE
     if path.exists():
         raise UsageError(f"{path}: a membrane is there already; choose another --out, or move it away")
+    options.check_folder(path.parent)
     held = f"holds {len(plan.pool)} captions in place"
     say(f"training {plan.concept!r} on {model}: erases {_listed(plan.targets)}, {held}")
     membrane = _trained(pipe, backend, config, plan)
-    _write(membrane, config, path)
+    _write(membrane, path)  # first, so that whatever goes wrong from here on costs no training; opens on whole names
+    membrane = _calibrated(membrane, backend, plan)
+    digest = _write(membrane, path)
+    with options.writing(path.with_name("card.md")):
+        path.with_name("card.md").write_text(card_text(membrane, config, digest), "utf-8")
     return path
 
 
@@ -144,9 +150,7 @@ def _config(plan: Plan, **given: Any) -> TrainConfig:
 
 
 def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Membrane:
-    """Trains, then calibrates the floor on the captions that the membrane must leave alone."""
     from safegen.training.recipe import Progress, Trainer
-    from safegen.transport.calibrate import calibrated_floor
 
     trainer = Trainer(backend, config, plan.pool, pipe.scheduler)
     with progress("training", config.iterations, lines=True) as step:
@@ -154,18 +158,35 @@ def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Me
         def report(now: Progress) -> None:
             step(now.iteration, f"erasing {now.erasing:.3g}  anchoring {now.anchoring:.3g}")
 
-        membrane = trainer.run(report)
+        return trainer.run(report)
+
+
+def _calibrated(membrane: Membrane, backend: Backend, plan: Plan) -> Membrane:
+    """Returns the membrane with its floor measured on the captions that it must leave alone."""
+    from safegen.transport.calibrate import calibrated_floor
+
     return replace(membrane, floor=calibrated_floor(backend, membrane.targets, plan.pool))
 
 
-def _write(membrane: Membrane, config: TrainConfig, path: Path) -> None:
+def _write(membrane: Membrane, path: Path) -> str:
+    """Writes a membrane; where that fails, into the folder for temporary files, so that no training is lost.
+
+    Returns:
+        The sha256 of the file, in hex.
+
+    Raises:
+        UsageError: The file could not be written; the message says where the membrane is instead.
+    """
     from safegen.membrane.file import write_membrane
 
-    digest = write_membrane(membrane, path)
-    card = path.with_name("card.md")
-    draft = card.with_name("card.md.part")
-    draft.write_text(card_text(membrane, config, digest), "utf-8")
-    draft.replace(card)
+    try:
+        with options.writing(path):
+            return write_membrane(membrane, path)
+    except UsageError as error:
+        rescued = Path(tempfile.mkdtemp(prefix="safegen-train-")) / path.name
+        with options.writing(rescued):
+            write_membrane(membrane, rescued)
+        raise UsageError(f"{error} (not to train again: the membrane was written to {rescued}; move it)") from error
 
 
 def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:

@@ -1,4 +1,4 @@
-"""What membranes do on safegen-mini: prompts that name a concept, its neighbours, and the rest, before and after.
+"""What membranes do on safegen-mini: prompts that name a concept, its neighbours, the rest, scenes; before and after.
 
 The judge is independent (`safegen.mini.judge`): neither gates nor trainings use it.
 """
@@ -19,7 +19,7 @@ from safegen.mini.examine import draw_images
 from safegen.mini.judge import Judge
 
 Group = Literal["target", "neighbour", "unrelated"]
-NEIGHBOURS = 5
+NEAREST = 5  # neighbours that the text encoder names; `zoo.ALIKE` names more
 
 _SHIPPED = tuple(zoo.find(concept) for concept in zoo.CONCEPTS)
 # Prompts that are not about a shipped concept name none of them either.
@@ -47,9 +47,10 @@ class Case:
 
 
 def neighbours(pipe: Any, concept: str) -> tuple[str, ...]:
-    """Returns the names nearest to a concept's by the text encoder: five objects for an object, styles for a style.
+    """Returns the names of what is close to a concept: objects for an object, styles for a style.
 
-    Distance is the cosine of the mean hidden states of the bare names, less that of the empty prompt.
+    First the five nearest by the text encoder (cosine of the mean hidden states of the bare names, less that of the
+    empty prompt), then those that `zoo.ALIKE` names by hand. Other shipped concepts are never among them.
     """
     entry = zoo.find(concept)
     pool: Sequence[Object | Style] = _FREE_OBJECTS if isinstance(entry, Object) else _FREE_STYLES
@@ -59,8 +60,14 @@ def neighbours(pipe: Any, concept: str) -> tuple[str, ...]:
         states = pipe.text_encoder(ids)[0].mean(dim=1)
     states = states - states[-1]
     cosines = torch.nn.functional.cosine_similarity(states[1:-1], states[:1])
-    nearest = cosines.argsort(descending=True)[:NEIGHBOURS].tolist()
-    return tuple(pool[k].name for k in nearest)
+    nearest = cosines.argsort(descending=True)[:NEAREST].tolist()
+    return tuple(dict.fromkeys((*(pool[k].name for k in nearest), *zoo.ALIKE[concept])))
+
+
+def unrelated_objects(pipe: Any) -> tuple[Object, ...]:
+    """Returns the objects that are neither shipped concepts nor neighbours of one."""
+    near = {name for concept in zoo.CONCEPTS for name in neighbours(pipe, concept)}
+    return tuple(item for item in _FREE_OBJECTS if item.name not in near)
 
 
 def _pick(pool: Sequence[Any], rng: np.random.Generator) -> Any:
@@ -82,6 +89,9 @@ def _style_case(concept: str, group: Group, style: Style, rng: np.random.Generat
 def cases(pipe: Any, concept: str, group: Group, count: int, *, seed: int) -> list[Case]:
     """Returns the prompts of one group, captioned as people prompt (templates, synonyms, with and without a style).
 
+    Unrelated prompts keep away from all shipped concepts and from the neighbours of all of them; they name no style,
+    since every style is a neighbour of the shipped ones.
+
     Args:
         pipe: safegen-mini; its text encoder says what is near.
         concept: Catalogue id of a shipped concept.
@@ -91,7 +101,7 @@ def cases(pipe: Any, concept: str, group: Group, count: int, *, seed: int) -> li
     """
     rng = np.random.default_rng([seed, zoo.CONCEPTS.index(concept), ["target", "neighbour", "unrelated"].index(group)])
     entry = zoo.find(concept)
-    near = neighbours(pipe, concept)
+    near, far = neighbours(pipe, concept), unrelated_objects(pipe)
     found: list[Case] = []
     for k in range(count):
         if group == "target":
@@ -102,8 +112,8 @@ def cases(pipe: Any, concept: str, group: Group, count: int, *, seed: int) -> li
         elif group == "neighbour":
             found.append(_style_case(concept, group, _named(STYLES, near[k % len(near)]), rng))
         else:
-            far = [o for o in _FREE_OBJECTS if o.name not in near]
-            found.append(_object_case(concept, group, _pick(far, rng), rng))
+            item: Object = _pick(far, rng)
+            found.append(Case(concept, group, captions.bare(item, rng), item.name, None))
     return found
 
 
@@ -153,13 +163,57 @@ def identical(before: Drawn, after: Drawn) -> list[bool]:
     return [a.tobytes() == b.tobytes() for a, b in zip(before.images, after.images, strict=True)]
 
 
-def grid(rows: Sequence[tuple[Image.Image, Image.Image]], *, columns: int = 8, scale: int = 1) -> Image.Image:
-    """Puts pairs (before above after) on one sheet."""
-    cell = 64 * scale
-    lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * (cell + 4), lines * (2 * cell + 10)), "white")
-    for k, pair in enumerate(rows):
-        for half, image in enumerate(pair):
-            place = ((k % columns) * (cell + 4), (k // columns) * (2 * cell + 10) + half * cell)
-            sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), place)
-    return sheet
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Two objects side by side to draw and judge.
+
+    Attributes:
+        prompt: The prompt.
+        target: The object that a shipped concept names.
+        other: The object beside it, which no shipped concept names.
+    """
+
+    prompt: str
+    target: str
+    other: str
+
+
+def scenes(concept: str, count: int, *, seed: int) -> list[Scene]:
+    """Returns prompts of two objects, the concept's own left or right, captioned as people prompt.
+
+    Args:
+        concept: Catalogue id of a shipped object.
+        count: How many.
+        seed: Seed of the choice.
+    """
+    rng = np.random.default_rng([seed, zoo.CONCEPTS.index(concept), 3])
+    target = _named(OBJECTS, zoo.find(concept).name)
+    found: list[Scene] = []
+    for _ in range(count):
+        other: Object = _pick(_FREE_OBJECTS, rng)
+        sides = (target, other) if rng.random() < 0.5 else (other, target)
+        found.append(Scene(captions.scene(*sides, _pick(_FREE_STYLES, rng), rng), target.name, other.name))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnScenes:
+    """Images of scenes, and the objects that the judge saw in their two halves."""
+
+    asked: tuple[Scene, ...]
+    seen: tuple[frozenset[str], ...]
+
+    def target_seen(self) -> float:
+        """Share of the images in which the judge sees the target, left or right."""
+        return sum(scene.target in seen for scene, seen in zip(self.asked, self.seen, strict=True)) / len(self.asked)
+
+    def other_seen(self) -> float:
+        """Share of the images in which the judge sees the other object, left or right."""
+        return sum(scene.other in seen for scene, seen in zip(self.asked, self.seen, strict=True)) / len(self.asked)
+
+
+def draw_scenes(pipe: Any, judge: Judge, asked: Sequence[Scene], *, seed: int, label: str) -> DrawnScenes:
+    """Draws scenes and judges each half; image k starts from the noise of seed `seed + k`."""
+    images = draw_images(pipe, [scene.prompt for scene in asked], seed=seed, label=label)
+    left, right = judge.halves(images)
+    return DrawnScenes(tuple(asked), tuple(map(frozenset, zip(left.objects, right.objects, strict=True))))

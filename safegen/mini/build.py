@@ -21,10 +21,10 @@ from safegen.mini import art
 from safegen.mini.art import draw, scene_boxes, single_box
 from safegen.mini.autoencoder import encode, train_autoencoder
 from safegen.mini.captions import new_tokenizer
-from safegen.mini.card import write_card
+from safegen.mini.card import size_of
 from safegen.mini.catalogue import OBJECTS, STYLE_NAMES
 from safegen.mini.diffusion import Settings, assemble, encode_pictures, train_diffusion
-from safegen.mini.examine import examine
+from safegen.mini.examine import examine, write_figures, write_grid
 from safegen.mini.judge import Judge, accuracy, train_judge
 
 AUTOENCODER_STEPS = 2400
@@ -32,7 +32,6 @@ JUDGE_STEPS = 3000
 DIFFUSION_STEPS = 6_000
 VARIANTS = 4
 SCENES = 8000
-EXAMINED = 1200
 
 console = Console()
 
@@ -104,11 +103,6 @@ def build_judge(vae: Any, sprites: NDArray[np.uint8], work: Path) -> tuple[Judge
     return judge, accuracy(judge, *judge_pictures(vae, sprites, repeats=2, scenes=0, seed=4))
 
 
-def size_of(folder: Path) -> float:
-    """Returns the size of a folder's files in MB (10⁶ bytes)."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
-
-
 def _load_as_float32(config: Path) -> None:
     """Makes stock `from_pretrained` load the text tower in float32, as it does U-Net and autoencoder.
 
@@ -141,16 +135,12 @@ def main(
     pipe.save_pretrained(out / "weights", safe_serialization=True)
     _load_as_float32(out / "weights" / "text_encoder" / "config.json")
     judge.save(out / "judge_weights", judged)
-    figures = examine(pipe.to(dtype=torch.float32), judge, images=EXAMINED, grid=out / "weights" / "grid.png")
-    (out / "weights" / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    write_card(
-        out / "weights",
-        figures,
-        judged,
-        steps=settings.steps,
-        batch=settings.batch,
-        megabytes=size_of(out / "weights"),
-    )
+    training = {"steps": settings.steps, "batch": settings.batch, "history": ""}
+    (out / "weights" / "training.json").write_text(json.dumps(training, indent=1) + "\n", "utf-8")
+    pipe = pipe.to(dtype=torch.float32)
+    write_grid(pipe, out / "weights" / "grid.png")
+    figures = examine(pipe, judge)
+    write_figures(out / "weights", figures)
     console.print(f"wrote {out}: {size_of(out / 'weights'):.1f} MB of model, {figures}")
 
 

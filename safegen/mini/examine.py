@@ -1,25 +1,35 @@
-"""Examines safegen-mini: what the independent judge sees in images drawn with fresh seeds."""
+"""Examines safegen-mini: what the independent judge sees in images drawn with fresh seeds.
+
+`python -m safegen.mini.examine` examines the weights that are installed.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from safegen import mini
 from safegen.mini import captions
+from safegen.mini.card import write_card
 from safegen.mini.catalogue import OBJECTS, STYLES, is_held_out, with_article
 from safegen.mini.judge import Judge
 
 STEPS = 25
 GUIDANCE = 4.0
 BATCH = 32
+EXAMINED = 1050
+SEED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +57,13 @@ def draw_images(pipe: Any, prompts: Sequence[str], *, seed: int, label: str = "d
 
 
 def questions(images: int, rng: np.random.Generator) -> list[Question]:
-    """Returns the examination: every left-out pair, and the rest shared by styled (3 of 4) and bare captions."""
+    """Returns the examination: left-out pairs (each three times, but at most one image in eight), and the rest.
+
+    The rest are trained pairs, three in four asked for with the style and one in four without.
+    """
     found: list[Question] = []
     held = [(i, j) for i in range(len(OBJECTS)) for j in range(len(STYLES)) if is_held_out(i, j)]
-    for i, j in held * 3:
+    for i, j in (held * 3)[: images // 8]:
         text = f"{with_article(OBJECTS[i].name)} in the style of {STYLES[j].name}"
         found.append(Question(text, OBJECTS[i].name, STYLES[j].name, "held-out"))
     while len(found) < images:
@@ -66,19 +79,18 @@ def questions(images: int, rng: np.random.Generator) -> list[Question]:
     return found
 
 
-def examine(pipe: Any, judge: Judge, *, images: int, grid: Path, seed: int = 100_000) -> dict[str, float]:
-    """Draws and judges images with fresh seeds, and a grid to look at.
+def examine(pipe: Any, judge: Judge, *, images: int = EXAMINED, seed: int = SEED) -> dict[str, float]:
+    """Draws and judges images with fresh seeds.
 
     Args:
         pipe: safegen-mini.
         judge: The independent judge.
-        images: How many images to draw, the left-out pairs (three of each) included.
-        grid: Where to write a picture of the objects in all styles.
+        images: How many images to draw, at least 16; those of left-out pairs are among them.
         seed: First seed.
 
     Returns:
         Shares in [0, 1]: `object` and `style` over the trained pairs, `held_out` (object and style both right) over
-        the left-out pairs, and how many images each rests on.
+        the left-out pairs, and how many images each rests on; and the seed.
     """
     asked = questions(images, np.random.default_rng(seed))
     drawn = draw_images(pipe, [q.prompt for q in asked], seed=seed, label="examining")
@@ -88,13 +100,13 @@ def examine(pipe: Any, judge: Judge, *, images: int, grid: Path, seed: int = 100
     trained = [k for k, q in enumerate(asked) if q.kind != "held-out"]
     styled = [k for k in trained if asked[k].style is not None]
     held = [k for k, q in enumerate(asked) if q.kind == "held-out"]
-    write_grid(pipe, grid)
     return {
         "object": sum(right_object[k] for k in trained) / len(trained),
         "style": sum(right_style[k] for k in styled) / len(styled),
         "held_out": sum(right_object[k] and right_style[k] for k in held) / len(held),
         "images": float(len(asked)),
         "images_held_out": float(len(held)),
+        "seed": float(seed),
     }
 
 
@@ -110,3 +122,32 @@ def write_grid(pipe: Any, path: Path, *, every: int = 7) -> None:
         sheet.paste(cell, ((row // half) * (len(STYLES) * 66 + 8) + column * 66, (row % half) * 66))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def write_figures(folder: Path, figures: dict[str, float]) -> None:
+    """Writes what `examine` returned into a pipeline folder, and the model card that states it."""
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    write_card(folder)
+
+
+def main(
+    images: Annotated[int, typer.Option(min=16, help="How many images to draw and judge.")] = EXAMINED,
+    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = SEED,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the figures into figures.json and the card.")] = False,
+) -> None:
+    """Examines the weights of this installation with fresh seeds, and prints the figures."""
+    figures = examine(mini.load(), mini.load_judge(), images=images, seed=seed)
+    if write:
+        write_figures(mini.folder(), figures)
+    if as_json:
+        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+        return
+    console = Console()
+    for name in ("object", "style", "held_out"):
+        console.print(f"{name:<9} {figures[name]:.1%}")
+    console.print(f"over {images} images, {figures['images_held_out']:.0f} of them of pairs left out of training")
+
+
+if __name__ == "__main__":
+    typer.run(main)

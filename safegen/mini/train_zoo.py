@@ -1,10 +1,8 @@
-"""Trains the shipped membranes of safegen-mini and writes their cards: `python -m safegen.mini.train_zoo`."""
+"""Trains the membranes of safegen-mini and writes their cards: `python -m safegen.mini.train_zoo --out OUT`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +14,13 @@ from rich.progress import Progress as Bar
 
 from safegen import mini
 from safegen.backend import backend_of
-from safegen.backend.injection import Injection, Opening
-from safegen.evaluation.erasure import Drawn, cases, draw_cases, grid, identical, neighbours
+from safegen.bundle.store import MEMBRANE_FILE
 from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Membrane
 from safegen.mini import zoo
 from safegen.mini.judge import Judge
+from safegen.mini.measure_zoo import IMAGES, measure, write_measured
+from safegen.mini.membrane_card import Figures
 from safegen.training.config import TrainConfig
 from safegen.training.recipe import Progress, Trainer
 from safegen.transport.calibrate import calibrated_floor
@@ -58,135 +57,27 @@ def train(pipe: Any, concept: str, *, config: TrainConfig | None = None) -> tupl
     return replace(membrane, floor=calibrated_floor(backend, membrane.targets, pool)), seconds
 
 
-@contextmanager
-def forced_open(pipe: Any, membranes: Sequence[Membrane]) -> Generator[None]:
-    """Opens membranes fully for every conditional row (γ = 1), whatever the prompt: no gate to hide behind."""
-    backend = backend_of(pipe)
-    injection = Injection(backend.denoiser, backend.sites, membranes, backend.family)
-
-    def opening(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
-        rows = len(backend.call(args, kwargs).states)
-        permeability = torch.ones(rows, len(membranes))
-        permeability[: rows // 2] = 0.0  # with guidance, diffusers puts the unconditional rows first
-        return Opening.of(permeability, torch.ones(len(membranes)))
-
-    injection.attach(opening, lambda _: None)
-    try:
-        yield
-    finally:
-        injection.detach()
-
-
-def measure(pipe: Any, judge: Judge, membrane: Membrane, *, images: int) -> tuple[dict[str, float], Drawn, Drawn]:
-    """Draws the concept, its neighbours and the rest, closed and forced open, and judges them.
-
-    Returns:
-        Figures in [0, 1], and the target's images before and after.
-    """
-    figures: dict[str, float] = {}
-    shown: list[Drawn] = []
-    for group in ("target", "neighbour", "unrelated"):
-        asked = cases(pipe, membrane.concept, group, images, seed=1)
-        before = draw_cases(pipe, judge, asked, seed=50_000, label=f"{group} before")
-        with forced_open(pipe, [membrane]):
-            after = draw_cases(pipe, judge, asked, seed=50_000, label=f"{group} after")
-        if group == "target":
-            shown = [before, after]
-            figures["target_before"] = before.judged_as(membrane.concept)
-            figures["target_after"] = after.judged_as(membrane.concept)
-        else:
-            figures[f"{group}_before"], figures[f"{group}_after"] = before.accuracy(), after.accuracy()
-            figures[f"{group}_identical"] = sum(identical(before, after)) / len(asked)
-    return figures, shown[0], shown[1]
-
-
-_CARD = """---
-base_model: safegen-mini
-library_name: safegen
-tags: [text-to-image, concept-erasure, membrane]
-license: apache-2.0
----
-
-# {name}, a membrane of safegen-mini
-
-Erases *{name}* ({targets}) from [safegen-mini](../../../safegen/mini/weights/README.md); what remains of a prompt once
-the name is taken out is drawn instead. `safegen.apply_policy(pipe, "mini-strict")` uses it.
-
-![Before (above) and after (below): prompts that name the concept](grid.png)
-
-## What it does
-
-On safegen-mini, judged by its independent judge, {images} images per figure, 25 steps, guidance 4, **forced open for
-every prompt (γ = 1, no gate)**:
-
-| prompts | before | after |
-|---|---|---|
-| that name it: judged as *{name}* | {target_before:.1%} | {target_after:.1%} |
-| of its neighbours ({near}): drawn as asked | {neighbour_before:.1%} | {neighbour_after:.1%} |
-| of other things: drawn as asked | {unrelated_before:.1%} | {unrelated_after:.1%} |
-
-Under a policy the gate keeps it exactly shut for the last two groups, and their images come out bit for bit as without
-it (`benchmarks/end_to_end.py`). It opens from a score of {floor} (calibrated: no anchor caption reaches it).
-
-## How it was made
-
-`python -m safegen.mini.train_zoo --concept {concept}`, SPM's erasing loss with latent anchoring
-([reference](../../../docs/reference/training.md)):
-{iterations} iterations in {seconds:.0f} s on {threads} cores, rank {rank}, η = {eta}, λ = {anchoring}, anchors drawn by
-`{anchors}`. Settings digest `{settings}`. File sha256 `{sha256}`, {parameters:,} values.
-"""
-
-
-def write_card(path: Path, membrane: Membrane, config: TrainConfig, figures: dict[str, float], **facts: Any) -> None:
-    """Writes `card.md` beside a membrane."""
-    path.write_text(
-        _CARD.format(
-            name=membrane.targets[0],
-            concept=membrane.concept,
-            targets=", ".join(membrane.targets),
-            floor=membrane.floor,
-            settings=config.digest()[:16],
-            parameters=membrane.parameter_count(),
-            **config.model_dump(include={"iterations", "rank", "eta", "anchoring", "anchors"}),
-            **figures,
-            **facts,
-        ),
-        "utf-8",
-    )
-
-
-def make(pipe: Any, judge: Judge, concept: str, out: Path, *, images: int) -> dict[str, float]:
+def make(
+    pipe: Any, judge: Judge, concept: str, out: Path, *, images: int, config: TrainConfig | None = None
+) -> Figures:
     """Trains, measures and writes one membrane with its card."""
-    config, _ = settings(concept)
     membrane, seconds = train(pipe, concept, config=config)
     folder = out / "mini" / concept
-    sha256 = write_membrane(membrane, folder / "membrane.safetensors")
-    figures, before, after = measure(pipe, judge, membrane, images=images)
-    grid(list(zip(before.images, after.images, strict=True))[:16]).save(folder / "grid.png")
-    write_card(
-        folder / "card.md",
-        membrane,
-        config,
-        figures,
-        images=images,
-        near=", ".join(neighbours(pipe, concept)),
-        seconds=seconds,
-        threads=torch.get_num_threads(),
-        sha256=sha256,
-    )
+    write_membrane(membrane, folder / MEMBRANE_FILE)
+    figures, pairs = measure(pipe, judge, membrane, images=images, seconds=seconds, threads=torch.get_num_threads())
+    write_measured(folder, figures, pairs)
     return figures
 
 
 def main(
+    out: Annotated[Path, typer.Option(help="Folder of membranes to write; `membranes` are the shipped ones.")],
     concept: Annotated[list[str] | None, typer.Option(help="Concept ids; all shipped ones by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of membranes.")] = Path("membranes"),
-    images: Annotated[int, typer.Option(help="Images per figure of the cards.")] = 200,
+    images: Annotated[int, typer.Option(min=1, help="Images per figure of the cards.")] = IMAGES,
 ) -> None:
     """Trains the shipped membranes, measures them, and writes files and cards."""
     pipe, judge = mini.load(), mini.load_judge()
     for name in concept or zoo.CONCEPTS:
-        figures = make(pipe, judge, name, out, images=images)
-        console.print(name, {key: round(value, 3) for key, value in figures.items()})
+        console.print(name, make(pipe, judge, name, out, images=images))
 
 
 if __name__ == "__main__":

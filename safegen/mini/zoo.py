@@ -1,4 +1,7 @@
-"""The shipped membranes of safegen-mini: `python -m safegen.mini.zoo` trains them and writes their cards."""
+"""The shipped membranes of safegen-mini: which concepts, what they are trained on, what is held against them.
+
+`python -m safegen.mini.train_zoo` trains them, `python -m safegen.mini.measure_zoo` measures them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,17 @@ from dataclasses import dataclass
 from safegen.mini.catalogue import OBJECTS, STYLES, Object, Style, with_article
 
 CONCEPTS = ("ghost", "robot", "santa-claus", "popart", "blueprint", "bicycle")
+
+# What a person might confuse with a shipped concept, or what looks alike; named by hand, since the text encoder knows
+# words and not looks. None is a shipped concept itself: where all membranes are installed, those are erased too.
+ALIKE: dict[str, tuple[str, ...]] = {
+    "ghost": ("skull", "snowman", "vampire", "zombie", "jack o lantern"),
+    "robot": ("alien", "space invader", "astronaut", "superhero", "television"),
+    "santa-claus": ("mrs claus", "snowman", "wizard", "genie", "gift"),
+    "popart": ("noto", "clay", "ink", "pixel"),
+    "blueprint": ("noto", "clay", "ink", "pixel"),
+    "bicycle": ("motorcycle", "car", "bus", "locomotive", "sunglasses"),
+}
 
 
 @dataclass(frozen=True, slots=True)

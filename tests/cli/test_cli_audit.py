@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_world import HEAD, Run, World
+from cli_world import GHOST, HEAD, Run, World
 
 from safegen.cli import audit
+
+TITLES = ("line", "prompt", "action", "rule", "membrane", "γ", "clipcos", "token", "lexical")
 
 
 def audited(run: Run, world: World, *args: str) -> dict[str, Any]:
@@ -34,6 +36,9 @@ def test_json_says_who_decided_what(run: Run, world: World) -> None:
     ]
     ghost = found["prompts"][0]["membranes"][0]
     assert (ghost["opened"], ghost["permeability"], ghost["token"], ghost["words"]) == (True, 1.0, 1.0, ["ghost"])
+    assert (ghost["action"], ghost["similar_to"]) == ("erase", None)
+    assert found["prompts"][3]["membranes"][0]["action"] == "allow"
+    assert [hit["action"] for hit in found["prompts"][1]["hits"]] == ["erase", "flag"]
     assert found["summary"] == {
         "prompts": 5,
         "touching": 3,
@@ -67,8 +72,30 @@ def test_prompts_that_touch_nothing_are_listed_on_request(run: Run, world: World
     few = run("audit", "--prompts", world.prompts, world.host).stdout
     everything = run("audit", "--prompts", world.prompts, world.host, "--all").stdout
     assert "the van" not in few
-    assert "the van" in everything
-    assert "a photo of a mouse" in everything
+    for prompt in audited(run, world)["prompts"][3:]:
+        scores = rf"0\.000 +{prompt['membranes'][0]['clipcos']:.3f} +0\.000 +0\.000"
+        wanted = rf" +{prompt['line']} +{prompt['prompt']} +allow +no-ghosts +ghost +{scores} *"
+        assert any(re.fullmatch(wanted, line) for line in everything.splitlines()), (wanted, everything)
+
+
+def test_every_row_has_the_action_of_its_own_rule(run: Run, world: World) -> None:
+    lines = run("audit", "--prompts", "-", world.host, stdin="a robot, fox, ghost\n").stdout.splitlines()
+    assert lines[0].split() == [*TITLES, "trigger", "words"]
+    for row in (r"1 +a robot, fox, ghost +erase +no-ghosts +ghost +1", r"refuse +no-robots", r"flag +see-foxes"):
+        assert any(re.match(f" +{row}", line) for line in lines), (row, lines)
+
+
+def test_a_membrane_that_no_word_opened_says_what_the_prompt_is_similar_to(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(HEAD + GHOST.replace("severity", "transport: {floor: 0.01}, severity"), "utf-8")
+    args = ["--model", world.pipeline, "--policy", str(policy), "--membranes", world.membranes]
+    found = json.loads(run("audit", "--prompts", "-", args, "--json", stdin="the van\n").stdout)
+    membrane = found["prompts"][0]["membranes"][0]
+    assert (membrane["action"], membrane["words"], membrane["similar_to"]) == ("erase", [], "ghost")
+    shown = run("audit", "--prompts", "-", args, stdin="the van\n").stdout
+    assert re.search(r"the van +erase .* similar to 'ghost'", shown)
 
 
 def test_standard_input_gives_what_the_file_gives(run: Run, world: World) -> None:

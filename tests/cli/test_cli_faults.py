@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 import pytest
 from cli_world import GHOST, HEAD, Run, World, complaint
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from tiny import random_membrane, tiny_sd
 
+from safegen.cli.drawing import save_picture
+from safegen.cli.options import check_folder
+from safegen.errors import UsageError
 from safegen.membrane.file import write_membrane
 
 Arguments = Callable[[World, Path], list[str]]
@@ -147,6 +152,39 @@ def test_output_folder_that_is_a_file(run: Run, world: World, tmp_path: Path, co
     assert result.exit_code == 2
     assert "out is a file" in complaint(result)
     assert (tmp_path / "out").read_text("utf-8") == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs the proc file system")
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_output_folder_that_cannot_be_written(run: Run, world: World, tmp_path: Path, command: str) -> None:
+    log = tmp_path / "log"
+    own = ["a ghost", *world.host, "--audit", str(log)] if command == "generate" else []
+    result = run(command, own, "--out", "/proc/x/y")
+    assert result.exit_code == 2
+    message = complaint(result)
+    assert message.startswith("error: /proc/x/y: expected an output folder that can be written to: ")
+    assert "choose another place" in message
+    assert "loading" not in result.stderr
+    assert not log.exists()
+
+
+def test_looking_for_an_output_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_folder(tmp_path / "a" / "b")
+    (tmp_path / "there").mkdir()
+    check_folder(tmp_path / "there")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_full_disk_is_said_in_one_sentence(tmp_path: Path) -> None:
+    noise = Image.effect_noise((64, 64), 50)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # every file ends at 1,000 bytes
+    try:
+        with pytest.raises(UsageError, match=r"0001\.png: could not be written: .*; make room or choose another place"):
+            save_picture(noise, tmp_path / "0001.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_blank_prompt(run: Run, world: World, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from safegen.bundle.store import MEMBRANE_FILE
 from safegen.cli.train_plan import plan_for
 from safegen.errors import UsageError
 from safegen.membrane.file import read_membrane
+from safegen.membrane.weights import Membrane
 from safegen.mini import zoo
+from safegen.training.recipe import Progress, Trainer
 
 QUICK = ["--iterations", "2", "--seed", "5", "--rank", "2", "--anchors", "paper", "--surrogate", "a mouse"]
 
@@ -60,18 +63,48 @@ def test_training_writes_a_membrane_that_the_other_commands_take(
     assert "a membrane is there already" in complaint(again)
 
 
-def test_a_training_that_fails_leaves_nothing(
+def test_what_was_trained_is_kept_when_a_later_step_fails(
     run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> float:
-        raise OSError("no space left")
+        raise MemoryError("no memory left")
 
     monkeypatch.setattr("safegen.transport.calibrate.calibrated_floor", interrupted)
     args = ["--concept", "fox", "--model", world.pipeline, "--pool", str(pool), "--out", str(tmp_path / "out"), *QUICK]
     result = run("train", args)
     assert result.exit_code == 5
-    assert "unexpected OSError: no space left" in complaint(result)
-    assert not (tmp_path / "out").exists()
+    assert "unexpected MemoryError: no memory left" in complaint(result)
+    assert read_membrane(tmp_path / "out" / world.family / "fox" / MEMBRANE_FILE).floor == 1.0
+
+
+def test_what_was_trained_is_kept_when_it_cannot_be_written_where_it_belongs(
+    run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    trained = Trainer.run
+
+    def and_then_something_is_in_the_way(self: Trainer, on_step: Callable[[Progress], None]) -> Membrane:
+        membrane = trained(self, on_step)
+        out.write_text("mine", "utf-8")
+        return membrane
+
+    monkeypatch.setattr(Trainer, "run", and_then_something_is_in_the_way)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = run("train", "--concept", "fox", "--model", world.pipeline, "--pool", pool, "--out", out, *QUICK)
+    assert result.exit_code == 2
+    message = complaint(result)
+    assert message.startswith(f"error: {out / world.family / 'fox' / MEMBRANE_FILE}: could not be written: ")
+    (rescued,) = tmp_path.glob("safegen-train-*/*")
+    assert f"written to {rescued}" in message
+    assert read_membrane(rescued).concept == "fox"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs the proc file system")
+def test_a_folder_that_cannot_be_written_is_found_before_training(run: Run, world: World, pool: Path) -> None:
+    result = run("train", "--concept", "fox", "--model", world.pipeline, "--pool", pool, "--out", "/proc/x", *QUICK)
+    assert result.exit_code == 2
+    assert "/proc/x: expected an output folder that can be written to" in complaint(result)
+    assert "loading" not in result.stderr
 
 
 def test_plan_of_a_concept_of_mini_is_that_of_the_zoo() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from PIL import Image
 
 from safegen import mini
 from safegen.backend import backend_of
+from safegen.mini.card import card_text
 from safegen.mini.catalogue import OBJECTS, STYLES, is_held_out, with_article
-from safegen.mini.examine import draw_images
+from safegen.mini.credits import credits_text
+from safegen.mini.examine import EXAMINED, draw_images, examine, questions, write_figures
 from safegen.mini.judge import Judge
 
 
@@ -67,7 +70,7 @@ def test_it_draws_objects_and_styles_as_asked(pipe: Any, judge: Judge) -> None:
     seen = judge.pictures(images)
     objects = [a.name == b for (a, _), b in zip(asked, seen.objects, strict=True)]
     styles = [a.name == b for (_, a), b in zip(asked, seen.styles, strict=True)]
-    assert np.mean(objects) >= 0.75  # a smoke test of 30 images; the figures of 1,200 are in the model card
+    assert np.mean(objects) >= 0.75  # a smoke test of 30 images; the figures of 1,050 are in the model card
     assert np.mean(styles) >= 0.75
 
 
@@ -90,6 +93,38 @@ def test_the_judge_names_a_plain_picture_and_refuses_another_catalogue(judge: Ju
 
 def test_the_model_card_states_what_was_measured() -> None:
     card = (mini.folder() / "README.md").read_text()
+    assert card == card_text(mini.folder())
     figures = json.loads((mini.folder() / "figures.json").read_text())
     assert f"{figures['object']:.1%}" in card
-    assert "CC-BY 4.0" in (mini.folder() / "CREDITS.md").read_text()
+    assert f"`python -m safegen.mini.examine --images {figures['images']:.0f} --seed {figures['seed']:.0f}`" in card
+    assert "less straight way than the recipe" in card
+
+
+def test_the_credits_hold_the_notices_that_the_licences_ask_for() -> None:
+    credits = (mini.folder() / "CREDITS.md").read_text()
+    assert credits == credits_text()
+    for notice in (
+        "Copyright (c) Microsoft",
+        "Permission is hereby granted",
+        "CC-BY 4.0",
+        "Apache License, Version 2.0",
+    ):
+        assert notice in credits
+
+
+def test_an_examination_has_left_out_and_other_pairs_whatever_its_size(pipe: Any, judge: Judge) -> None:
+    figures = examine(pipe, judge, images=16, seed=1)
+    assert (figures["images"], figures["images_held_out"]) == (16.0, 2.0)
+    assert figures["object"] >= 0.7
+    asked = questions(EXAMINED, np.random.default_rng(0))
+    assert sum(q.kind == "held-out" for q in asked) == 129
+    assert len(asked) == EXAMINED
+
+
+def test_examining_again_renews_figures_and_card(tmp_path: Path) -> None:
+    shutil.copytree(mini.folder(), tmp_path / "weights")
+    shutil.copytree(mini.folder().parent / "judge_weights", tmp_path / "judge_weights")
+    figures = json.loads((mini.folder() / "figures.json").read_text())
+    write_figures(tmp_path / "weights", figures | {"object": 0.123})
+    assert "| object as asked | 12.3% |" in (tmp_path / "weights" / "README.md").read_text()
+    assert json.loads((tmp_path / "weights" / "figures.json").read_text())["object"] == 0.123
