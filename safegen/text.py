@@ -225,6 +225,20 @@ class PhraseMatcher:
         return tuple(found)
 
 
+def letters(plain: str, reading: Literal["plain", "leet"]) -> list[int]:
+    """Returns where the characters stand that the offsets of a `Match` count.
+
+    Args:
+        plain: A normalised text.
+        reading: The reading of the match.
+
+    Returns:
+        Offsets into `plain`, ascending.
+    """
+    text = plain if reading == "plain" else _unleet(plain)  # of the same length
+    return [offset for token in _TOKEN.finditer(text) for offset in range(*token.span())]
+
+
 def phrase_matches(phrase: str, text: str) -> bool:
     """Tells whether `phrase` stands in `text`, by the rules of `PhraseMatcher`.
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from safegen._version import __version__
-from safegen.cli import audit, audit_verify, demo, faults, generate, inspect, train
+from safegen.cli import audit, audit_verify, calibrate, demo, explain, faults, generate, inspect, train
 from safegen.cli.faults import reported
 from safegen.cli.render import show, warn
 
@@ -68,6 +68,8 @@ _audit.callback(invoke_without_command=True, epilog=audit.EXAMPLE)(reported()(au
 _audit.command("verify", epilog=audit_verify.EXAMPLE)(reported()(audit_verify.verify))
 app.add_typer(_audit, name="audit")
 app.command("train", epilog=train.EXAMPLE)(reported()(train.train))
+app.command("calibrate", epilog=calibrate.EXAMPLE)(reported()(calibrate.calibrate))
+app.command("explain", epilog=explain.EXAMPLE)(reported()(explain.explain))
 app.command("inspect", epilog=inspect.EXAMPLE)(reported()(inspect.inspect))
 
 

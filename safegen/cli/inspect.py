@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
@@ -65,6 +66,8 @@ def inspect(
 
 
 def _facts(membrane: Membrane, path: Path, digest: str) -> dict[str, object]:
+    from safegen.transport.calibration import parse
+
     return {
         "file": str(path),
         "concept": membrane.concept,
@@ -77,7 +80,7 @@ def _facts(membrane: Membrane, path: Path, digest: str) -> dict[str, object]:
         "parameters": membrane.parameter_count(),
         "bytes": path.stat().st_size,
         "sha256": digest,
-        "floor": membrane.floor,
+        "calibration": [asdict(one) for one in parse(membrane.metadata)],
         "training_digest": membrane.metadata.get("safegen.training_digest", ""),
     }
 
@@ -129,10 +132,16 @@ def _warnings(sites: Sequence[SiteValues]) -> list[str]:
     return found
 
 
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} {part}" for name, part in value.items())
+    return str(value)
+
+
 def _print_tables(facts: dict[str, object], blocks: Sequence[BlockValues], sites: Sequence[SiteValues]) -> None:
     for name, value in facts.items():
         items: Sequence[object] = value if isinstance(value, list) else [value]
-        text = ", ".join(str(item) for item in items)
+        text = ", ".join(_shown(item) for item in items)
         show(f"{name.replace('_', ' '):<16} {text or '-'}")
     columns = (Column("block", share=2), Column("sites", width=5), Column("norm", width=10), Column("share", width=6))
     Sheet((*columns, Column("largest site", share=5)), "Norm of scale·up·down by block").add(

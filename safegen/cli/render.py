@@ -81,6 +81,24 @@ def write(text: str) -> None:
     sys.stdout.write(text)
 
 
+def show_weighed(text: str, places: Sequence[tuple[int, int, float]]) -> None:
+    """Prints a text to stdout, its parts coloured by their weights.
+
+    Args:
+        text: Any text.
+        places: Start, end and weight in [0, 1] of parts that do not overlap, in order.
+    """
+    shown = Text()
+    done = 0
+    for start, end, weight in places:
+        shown.append(plain(text[done:start]))
+        shade = int(255 * (1 - weight))
+        shown.append(plain(text[start:end]), style=f"bold rgb(255,{shade},{shade})" if weight > 0 else "")
+        done = end
+    shown.append(plain(text[done:]))
+    _console().print(shown, soft_wrap=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column of a sheet: a fixed `width`, or a `share` of the width that is left."""

@@ -98,12 +98,14 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
     )
-    path = _train_and_write(model, revision, config, plan, out)
+    path = _train_and_write(model, revision, config, plan, out, pool)
     show(str(path))
     say(f"use it: safegen generate … --membranes {out} (with a policy that has a rule for {concept!r})")
 
 
-def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan: Plan, out: Path) -> Path:
+def _train_and_write(
+    model: str, revision: str | None, config: TrainConfig, plan: Plan, out: Path, pool: Path | None
+) -> Path:
     from safegen.cli.host import load_host
 
     pipe = load_host(model, revision)
@@ -117,7 +119,7 @@ def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan
         raise UsageError(f"{path}: a membrane is there already; choose another --out, or move it away")
     held = f"holds {len(plan.pool)} captions in place"
     say(f"training {plan.concept!r} on {model}: erases {_listed(plan.targets)}, {held}")
-    membrane = _trained(pipe, backend, config, plan)
+    membrane = _calibrated(backend, _trained(pipe, backend, config, plan), pool, model)
     _write(membrane, config, path)
     return path
 
@@ -144,9 +146,7 @@ def _config(plan: Plan, **given: Any) -> TrainConfig:
 
 
 def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Membrane:
-    """Trains, then calibrates the floor on the captions that the membrane must leave alone."""
     from safegen.training.recipe import Progress, Trainer
-    from safegen.transport.calibrate import calibrated_floor
 
     trainer = Trainer(backend, config, plan.pool, pipe.scheduler)
     with progress("training", config.iterations, lines=True) as step:
@@ -154,8 +154,16 @@ def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Me
         def report(now: Progress) -> None:
             step(now.iteration, f"erasing {now.erasing:.3g}  anchoring {now.anchoring:.3g}")
 
-        membrane = trainer.run(report)
-    return replace(membrane, floor=calibrated_floor(backend, membrane.targets, plan.pool))
+        return trainer.run(report)
+
+
+def _calibrated(backend: Backend, membrane: Membrane, captions: Path | None, model: str) -> Membrane:
+    """Returns the membrane with the thresholds that hold on this model's text encoder."""
+    from safegen.cli.calibrate import measure
+    from safegen.transport.calibration import METADATA_KEY, text_of
+
+    found = text_of(measure(backend, membrane, captions, model))
+    return replace(membrane, metadata={**membrane.metadata, METADATA_KEY: found})
 
 
 def _write(membrane: Membrane, config: TrainConfig, path: Path) -> None:
@@ -171,6 +179,7 @@ def _write(membrane: Membrane, config: TrainConfig, path: Path) -> None:
 def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:
     """Returns the card of a membrane that `safegen train` made."""
     from safegen._version import __version__
+    from safegen.transport.calibration import parse, section
 
     settings = config.model_dump(mode="json", exclude={"concept", "targets", "templates"})
     return _CARD.format(
@@ -182,7 +191,7 @@ def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:
         architecture=membrane.architecture,
         sites=len(membrane.factors),
         parameters=membrane.parameter_count(),
-        floor=membrane.floor,
+        calibration=section(parse(membrane.metadata)),
         sha256=sha256,
         digest=config.digest(),
         settings="\n".join(f"| {key} | {value} |" for key, value in settings.items() if key != "surrogate"),
@@ -206,7 +215,6 @@ other images, is unknown until somebody measures it.
 | base family | {base} |
 | architecture | `{architecture}` |
 | sites, parameters | {sites}, {parameters:,} |
-| floor | {floor} |
 | sha256 of the file | `{sha256}` |
 | training digest | `{digest}` |
 
@@ -219,4 +227,5 @@ other images, is unknown until somebody measures it.
 Prompts around the name:
 
 {templates}
-"""
+
+{calibration}"""

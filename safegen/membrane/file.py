@@ -28,7 +28,7 @@ MAX_TENSORS = 4096
 DTYPES = {"F32", "F16", "BF16"}
 
 _KEY = re.compile(r"(lora_unet_[A-Za-z0-9_]{1,240})\.(lora_down\.weight|lora_up\.weight|alpha)")
-_OWN = ("concept", "targets", "base", "architecture", "surrogate", "floor")
+_OWN = ("concept", "targets", "base", "architecture", "surrogate")
 _WRITTEN = {"format", "prompts", "rank", "alpha", "safegen.format", *(f"safegen.{name}" for name in _OWN)}
 
 
@@ -68,7 +68,6 @@ def write_membrane(membrane: Membrane, path: str | Path, *, dtype: torch.dtype =
         "safegen.base": membrane.base,
         "safegen.architecture": membrane.architecture,
         "safegen.surrogate": membrane.surrogate,
-        "safegen.floor": repr(membrane.floor),
     }
     content = save(tensors, metadata)
     path = Path(path)
@@ -188,7 +187,6 @@ def _membrane(factors: Mapping[str, Factor], metadata: Mapping[str, str]) -> Mem
     prompts = metadata.get("prompts", "")
     try:
         targets = tuple(_names(json.loads(own["targets"]))) if own["targets"] else (prompts,)
-        floor = float(own["floor"]) if own["floor"] else 1.0
     except (ValueError, TypeError) as error:
         raise FormatError(f"its metadata cannot be read ({error}); expected what write_membrane writes") from error
     if not own["concept"] and not prompts:
@@ -201,6 +199,5 @@ def _membrane(factors: Mapping[str, Factor], metadata: Mapping[str, str]) -> Mem
         architecture=own["architecture"],
         factors=factors,
         surrogate=own["surrogate"],
-        floor=floor,
         metadata=extra,
     )

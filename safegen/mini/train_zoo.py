@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from safegen import mini
-from safegen.backend import backend_of
+from safegen.backend import Backend, backend_of
 from safegen.backend.injection import Injection, Opening
 from safegen.evaluation.erasure import Drawn, cases, draw_cases, grid, identical, neighbours
 from safegen.membrane.file import write_membrane
@@ -24,7 +24,9 @@ from safegen.mini import zoo
 from safegen.mini.judge import Judge
 from safegen.training.config import TrainConfig
 from safegen.training.recipe import Progress, Trainer
-from safegen.transport.calibrate import calibrated_floor
+from safegen.transport.calibrate import calibrate
+from safegen.transport.calibration import METADATA_KEY, Calibration, parse, section, text_of
+from safegen.transport.phrasing import EVERYDAY, around
 
 console = Console()
 
@@ -37,7 +39,7 @@ def settings(concept: str, *, seed: int = 0) -> tuple[TrainConfig, tuple[str, ..
 
 
 def train(pipe: Any, concept: str, *, config: TrainConfig | None = None) -> tuple[Membrane, float]:
-    """Trains one membrane and calibrates its floor.
+    """Trains one membrane and calibrates it.
 
     Returns:
         The membrane and the seconds that training took.
@@ -55,7 +57,15 @@ def train(pipe: Any, concept: str, *, config: TrainConfig | None = None) -> tupl
 
         membrane = trainer.run(report)
     seconds = time.perf_counter() - started
-    return replace(membrane, floor=calibrated_floor(backend, membrane.targets, pool)), seconds
+    found = text_of(calibration(backend, membrane))
+    return replace(membrane, metadata={**membrane.metadata, METADATA_KEY: found}), seconds
+
+
+def calibration(backend: Backend, membrane: Membrane) -> tuple[Calibration, ...]:
+    """Measures a membrane's thresholds on the captions that it was trained with, and on everyday ones."""
+    plan = zoo.plan(membrane.concept)
+    positives = around(membrane.targets, [prompt for prompt, _ in plan.templates])
+    return calibrate(backend, membrane.targets, positives, [*plan.pool, *EVERYDAY])
 
 
 @contextmanager
@@ -126,7 +136,7 @@ every prompt (γ = 1, no gate)**:
 | of other things: drawn as asked | {unrelated_before:.1%} | {unrelated_after:.1%} |
 
 Under a policy the gate keeps it exactly shut for the last two groups, and their images come out bit for bit as without
-it (`benchmarks/end_to_end.py`). It opens from a score of {floor} (calibrated: no anchor caption reaches it).
+it (`benchmarks/end_to_end.py`).
 
 ## How it was made
 
@@ -134,7 +144,8 @@ it (`benchmarks/end_to_end.py`). It opens from a score of {floor} (calibrated: n
 ([reference](../../../docs/reference/training.md)):
 {iterations} iterations in {seconds:.0f} s on {threads} cores, rank {rank}, η = {eta}, λ = {anchoring}, anchors drawn by
 `{anchors}`. Settings digest `{settings}`. File sha256 `{sha256}`, {parameters:,} values.
-"""
+
+{calibration}"""
 
 
 def write_card(path: Path, membrane: Membrane, config: TrainConfig, figures: dict[str, float], **facts: Any) -> None:
@@ -144,7 +155,7 @@ def write_card(path: Path, membrane: Membrane, config: TrainConfig, figures: dic
             name=membrane.targets[0],
             concept=membrane.concept,
             targets=", ".join(membrane.targets),
-            floor=membrane.floor,
+            calibration=section(parse(membrane.metadata)),
             settings=config.digest()[:16],
             parameters=membrane.parameter_count(),
             **config.model_dump(include={"iterations", "rank", "eta", "anchoring", "anchors"}),
