@@ -175,8 +175,8 @@ class Gate:
             The scores. For a row of unknown origin γ follows the graded scores alone; what is done with such a row is
             the policy's `on_unknown`. A row with values that are no numbers gets γ 1 and must be refused.
         """
-        finite = torch.isfinite(states.flatten(1)).all(dim=1).cpu()
-        sound = torch.where(finite.to(states.device)[:, None, None], states, 0)
+        finite = torch.isfinite(states.float().sum(dim=1)).all(dim=1).cpu()  # NaN and infinity survive a sum
+        sound = states if bool(finite.all()) else torch.where(finite.to(states.device)[:, None, None], states, 0)
         texts = [self._texts(row) for row in ids]
         wanted = {"direction", "paper", *({"semantic"} if self._sentence else ())} if every else self._chosen
         graded: dict[str, Tensor] = {}
