@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 
-from safegen.text import Match, letters, normalise
+from safegen.text import Match, drop_invisible, letters, normalise
 
 CHANGES = ("format-characters", "accents", "compatibility-forms", "case", "look-alikes", "digits", "separators")
 """What `changes` can name, in the order in which it does."""
@@ -70,7 +70,7 @@ def changes(text: str, match: Match) -> tuple[str, ...]:
     bare = "".join(c for c in found if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())
     composed = unicodedata.normalize("NFC", bare)
     wide = unicodedata.normalize("NFKC", composed)
-    unmarked = _unmarked(wide)
+    unmarked = unicodedata.normalize("NFC", drop_invisible(unicodedata.normalize("NFKD", wide)))
     steps = (
         bare != found,
         unmarked != wide,
@@ -81,10 +81,6 @@ def changes(text: str, match: Match) -> tuple[str, ...]:
         _separators(normalise(found)) != _separators(normalise(match.phrase)),
     )
     return tuple(name for name, changed in zip(CHANGES, steps, strict=True) if changed)
-
-
-def _unmarked(text: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) not in ("Mn", "Me"))
 
 
 def _separators(plain: str) -> Sequence[str]:

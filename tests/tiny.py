@@ -97,6 +97,20 @@ def tiny_sd(
     return pipe
 
 
+def tiny_sentence_encoder(folder: Path) -> Path:
+    """Writes a BERT of random weights with a vocabulary of whole words."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    folder.mkdir(parents=True)
+    content: dict[str, Any] = {"vocab": {word: k for k, word in enumerate(words)}}
+    BertTokenizer(**content).save_pretrained(folder)
+    config: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), intermediate_size=32, **config)).save_pretrained(folder)
+    return folder
+
+
 def random_membrane(
     pipe: Any, concept: str = "ghost", *, rank: int = 1, seed: int = 0, size: float = 0.5, floor: float = 0.99
 ) -> Membrane:

@@ -24,7 +24,7 @@ EXAMPLE = (
 
 _COLUMNS = (
     Column("membrane", share=2),
-    Column("score", share=1),
+    Column("score", width=9),
     Column("lo", width=7),
     Column("hi", width=7),
     Column("AUROC", width=7),

@@ -19,7 +19,7 @@ EXAMPLE = 'Example: safegen explain --policy mini-strict --prompt "a gh0st in th
 
 _COLUMNS = (
     Column("membrane", share=2),
-    Column("score", share=1),
+    Column("score", width=9),
     Column("value", width=7),
     Column("lo", width=6),
     Column("hi", width=6),

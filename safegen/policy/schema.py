@@ -120,8 +120,7 @@ class Transport(Strict):
     @classmethod
     def _check_threshold(cls, value: object) -> object:
         # Checked before the union, which would report one fault per alternative.
-        number = isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= 1
-        if number or value == "calibrated":
+        if _is_threshold(value) or value == "calibrated":
             return value
         raise PydanticCustomError("threshold", "expected a number from -1 to 1, or calibrated")
 
@@ -272,8 +271,8 @@ def _transport_faults(document: Mapping[str, Any]) -> Iterator[tuple[Loc, str]]:
             continue
         chosen = common | given
         lo, hi = chosen.get("lo", "calibrated"), chosen.get("hi", "calibrated")
-        numbers = [isinstance(value, int | float) for value in (lo, hi)]
-        if any(numbers) and not all(numbers):
+        numbers = [_is_threshold(value) for value in (lo, hi)]
+        if any(numbers) and "calibrated" in (lo, hi):
             yield place, f"lo is {lo} and hi is {hi}: expected two numbers, or calibrated for both"
         elif all(numbers) and lo > hi:
             yield place, f"lo is {lo}, above hi, which is {hi}; expected lo not above hi"
@@ -283,6 +282,10 @@ def _transport_faults(document: Mapping[str, Any]) -> Iterator[tuple[Loc, str]]:
                 place,
                 "the score semantic needs defaults.sentence_encoder: a model folder, or a hub id with its commit",
             )
+
+
+def _is_threshold(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= 1
 
 
 def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:

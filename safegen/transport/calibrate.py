@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def calibrate(
 
 
 def _scored(gate: Gate, reader: TextReader, texts: Sequence[str], report: Callable[[int], None]) -> dict[str, Tensor]:
-    parts: list[dict[str, Tensor]] = []
+    parts: list[Mapping[str, Tensor]] = []
     for start in range(0, len(texts), _BATCH):
         part = texts[start : start + _BATCH]
         ids = reader.tokenise(part)

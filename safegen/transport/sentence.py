@@ -33,7 +33,7 @@ class SentenceEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         pinned = _PINNED.fullmatch(source)
-        if not Path(source).is_dir() and pinned is None:
+        if pinned is None and not (source and Path(source).is_dir()):
             raise UsageError(
                 f"sentence encoder {source!r}: expected a model folder, or a hub id with its commit "
                 "(owner/name@<40 hex digits>), so that what is compared cannot change unnoticed"

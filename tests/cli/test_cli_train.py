@@ -15,6 +15,7 @@ from safegen.cli.train_plan import plan_for
 from safegen.errors import UsageError
 from safegen.membrane.file import read_membrane
 from safegen.mini import zoo
+from safegen.transport.calibration import parse
 
 QUICK = ["--iterations", "2", "--seed", "5", "--rank", "2", "--anchors", "paper", "--surrogate", "a mouse"]
 
@@ -41,10 +42,12 @@ def test_training_writes_a_membrane_that_the_other_commands_take(
     settings = json.loads(membrane.metadata["safegen.training"])
     assert (membrane.concept, membrane.targets, membrane.surrogate) == ("fox", ("fox",), "a mouse")
     assert (settings["iterations"], settings["seed"], settings["rank"], settings["anchors"]) == (2, 5, 2, "paper")
-    assert 0.6 <= membrane.floor <= 1
+    measured = {one.score: one for one in parse(membrane.metadata)}
+    assert set(measured) == {"direction", "paper"}
+    assert measured["direction"].negatives > 4
     card = path.with_name("card.md").read_text("utf-8")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    for part in (sha256, membrane.metadata["safegen.training_digest"], f"| floor | {membrane.floor} |", "| seed | 5 |"):
+    for part in (sha256, membrane.metadata["safegen.training_digest"], "## Calibration", "| seed | 5 |"):
         assert part in card
     assert "No figures were measured by this command" in card
     assert sorted(p.name for p in path.parent.iterdir()) == ["card.md", MEMBRANE_FILE]
@@ -63,10 +66,10 @@ def test_training_writes_a_membrane_that_the_other_commands_take(
 def test_a_training_that_fails_leaves_nothing(
     run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> float:
+    def interrupted(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("safegen.transport.calibrate.calibrated_floor", interrupted)
+    monkeypatch.setattr("safegen.transport.calibrate.calibrate", interrupted)
     args = ["--concept", "fox", "--model", world.pipeline, "--pool", str(pool), "--out", str(tmp_path / "out"), *QUICK]
     result = run("train", args)
     assert result.exit_code == 5
