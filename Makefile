@@ -26,6 +26,7 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py --json
+	$(BIN)/python benchmarks/transport.py --json
 
 clean:
 	rm -rf $(VENV) safegen-demo build dist

@@ -1,6 +1,6 @@
 """Gates that open when they should, stay exactly shut otherwise, and cost little: every number of that claim.
 
-    python benchmarks/transport.py [--json] [--prompts-dir DIR --vocabulary FILE] [--generation]
+    python benchmarks/transport.py [--json] [--prompts-dir DIR --vocabulary FILE] [--generation] [--guidance-images 60]
 
 The peer is the published gate of SPM (max of flattened CLIP cosine and token overlap, no threshold), scored on the same
 prompts in the same run. Text-only parts with CLIP's own vocabulary need `--vocabulary`; without it they are left out.
@@ -19,7 +19,7 @@ import torch
 import typer
 from end_to_end import Floor
 from rich.console import Console
-from transport_parts import speed, words
+from transport_parts import guidance, speed, words
 from transport_parts.held_out import HeldOut, prompts
 
 from safegen import mini
@@ -117,6 +117,7 @@ def main(
     vocabulary: Annotated[Path | None, typer.Option(help="bpe_simple_vocab_16e6.txt.gz of open_clip_torch.")] = None,
     sentence_encoder: Annotated[str | None, typer.Option(help="Model folder, or owner/name@commit.")] = None,
     generation: Annotated[bool, typer.Option(help="Also the gate's share of a generation; minutes, 8 GB.")] = False,
+    guidance_images: Annotated[int, typer.Option(help="Images per figure to compare the settings of guidance.")] = 0,
     steps: Annotated[int, typer.Option(min=3, help="Steps drawn for --generation.")] = 4,
 ) -> None:
     """Measures every number that the issue about trusted gates names."""
@@ -150,6 +151,9 @@ def main(
         floors.append(
             Floor.at_most("gate's share of a 25-step generation", report["generation"]["share of 25 steps"], 0.01)
         )
+    if guidance_images:
+        judge, compared = mini.load_judge(), ("robot", "popart", "bicycle")
+        report["guidance"] = {c: guidance.compare(pipe, judge, c, guidance_images) for c in compared}
     report |= {"threads": torch.get_num_threads(), "floors": [vars(floor) for floor in floors]}
     if as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")

@@ -138,8 +138,8 @@ def uncalibrated(
         if concepts:
             shown = ", ".join(concepts[:5]) + (", …" if len(concepts) > 5 else "")
             notices.append(
-                f"{policy}: {len(concepts)} membranes are not calibrated for the score {score} on this encoder "
-                f"({encoders[score][:19]}…): {shown}. They open fully for prompts that name their concept and for "
-                "conditioning of unknown origin, and for nothing else; run `safegen calibrate` on their files."
+                f"{policy}: not calibrated for the score {score} on this encoder ({encoders[score][:19]}…): {shown} "
+                f"({len(concepts)} of {len(installed)} membranes). In its place these open fully for prompts that name "
+                "their concept and for conditioning of unknown origin; run `safegen calibrate` on their files."
             )
     return tuple(notices)

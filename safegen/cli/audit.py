@@ -187,7 +187,7 @@ def _decided(rows: Rows, gatekeeper: Gatekeeper, summary: Summary, *, explain: b
     done = 0
     with progress("deciding", rows.count, beside=True) as step:
         for batch in rows.batches():
-            decisions = gatekeeper.decide_texts([row["prompt"] for row in batch], evidence=explain)
+            decisions = gatekeeper.decide_texts([row["prompt"] for row in batch], evidence=explain or None)
             found = [decision_values(decision) for decision in decisions]
             summary.add(found)
             done += len(batch)
