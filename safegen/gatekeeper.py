@@ -2,138 +2,220 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import Origin
-from safegen.membrane.weights import Membrane
-from safegen.policy.resolve import Hit, ResolvedPolicy, ResolvedRule, lexical_hits
-from safegen.transport.transport import Gate, Score, Target
+from safegen.decision import Activation, Decision, Encoders, Installed, Outcome, target_of, uncalibrated
+from safegen.policy.resolve import Hit, ResolvedPolicy, ResolvedRule, lexical_hits, located_hits
+from safegen.transport.encoding import Token
+from safegen.transport.evidence import Trigger, token_evidence, triggers
+from safegen.transport.sentence import SentenceEncoder
+from safegen.transport.transport import Gate, Reading
 
-Outcome = Literal["allow", "flag", "erase", "refuse"]
 _GRAVITY: dict[Outcome, int] = {"allow": 0, "flag": 1, "erase": 2, "refuse": 3}
 
-
-@dataclass(frozen=True, slots=True)
-class Installed:
-    """A membrane that a rule uses: the rule, the membrane, and the sha256 of its file."""
-
-    rule: ResolvedRule
-    membrane: Membrane
-    sha256: str
-
-    @property
-    def floor(self) -> float:
-        """Score below which it stays exactly shut: the policy's number, or the membrane's own calibration."""
-        floor = self.rule.transport.floor
-        return self.membrane.floor if floor == "calibrated" else floor
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """How far one membrane opens for one row, and why.
-
-    Attributes:
-        installed: The membrane and its rule.
-        score: The parts of the score.
-        permeability: γ in [0, 1] after `on_unknown`; exactly 0 where it stays shut.
-    """
-
-    installed: Installed
-    score: Score
-    permeability: float
-
-    @property
-    def opened(self) -> bool:
-        """Whether the membrane acts on this row."""
-        return self.permeability > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What the policy decides for one row of conditioning.
-
-    Attributes:
-        text: The caller's text, or what the token ids decode to; None where the origin is unknown.
-        decoded: Whether `text` was decoded from token ids because the caller's own text was not seen.
-        activations: One per membrane, in rule order.
-        hits: Rules whose concept the text names, whatever their action.
-        outcome: The gravest of what follows: refuse > erase > flag > allow.
-        rule: The rule that decided; None for `allow`.
-        reason: One sentence for people.
-    """
-
-    text: str | None
-    decoded: bool
-    activations: tuple[Activation, ...]
-    hits: tuple[Hit, ...]
-    outcome: Outcome
-    rule: ResolvedRule | None
-    reason: str
+__all__ = ["Activation", "Decision", "Gatekeeper", "Installed", "Outcome"]
 
 
 class Gatekeeper:
-    """Decides, for one host and one resolved policy."""
+    """Decides, for one host and one resolved policy.
+
+    Attributes:
+        policy: The policy.
+        installed: The membranes that its rules use, in rule order.
+        gate: Scores rows of conditioning for them.
+        strengths: The policy author's constants, [membranes].
+        notices: What the person who applies the policy should read about the gates.
+    """
 
     def __init__(self, backend: Backend, policy: ResolvedPolicy, installed: Sequence[Installed]) -> None:
+        """Sets up the gates.
+
+        Raises:
+            FormatError: A membrane's calibration cannot be read.
+            UsageError: The sentence encoder cannot be loaded.
+            UnsupportedBackendError: The text encoder returns values that are no numbers.
+        """
         self.policy = policy
         self.installed = tuple(installed)
-        self._backend = backend
+        self.backend = backend
         self._by_id = {rule.id: rule for rule in policy.rules}
-        targets = [Target(item.membrane.targets, item.floor) for item in installed]
-        self._gate = Gate(backend, targets, self._phrases)
+        self._numbers = {item.rule.id: k for k, item in enumerate(installed)}
+        used = {score for item in installed for score in item.rule.transport.score}
+        sentence = SentenceEncoder(policy.sentence_encoder or "") if "semantic" in used else None
+        encoders = Encoders(backend, sentence)
+        found = [item.curves(encoders) for item in installed]
+        targets = [target_of(item, *curves) for item, curves in zip(installed, found, strict=True)]
+        self.gate = Gate(backend, targets, self._phrases, sentence=sentence)
         self.strengths = torch.tensor([item.rule.strength for item in installed])
+        self.notices = uncalibrated(policy.id, self.installed, [missing for _, missing in found], encoders)
 
-    def _phrases(self, text: str) -> list[list[str]]:
-        hits = lexical_hits(self.policy, text)
-        return [[hit.phrase for hit in hits if hit.rule == item.rule.id] for item in self.installed]
+    def _phrases(self, text: str) -> Mapping[int, Sequence[str]]:
+        found: dict[int, list[str]] = {}
+        for hit in lexical_hits(self.policy, text):
+            if hit.rule in self._numbers:
+                found.setdefault(self._numbers[hit.rule], []).append(hit.phrase)
+        return found
 
-    def decide(self, states: Tensor, origins: Sequence[Origin | None]) -> list[Decision]:
+    def decide(
+        self,
+        states: Tensor,
+        origins: Sequence[Origin | None],
+        *,
+        every: bool = False,
+        evidence: bool | None = None,
+    ) -> list[Decision]:
         """Decides for rows of conditioning.
 
         Args:
             states: [rows, tokens, width], as the denoiser reads them.
             origins: Where each row came from; None where that is unknown.
+            every: Computes all graded scores, also those that open nothing.
+            evidence: Whether to find the tokens that open a membrane; by default as the policy's `audit.evidence` says.
 
         Returns:
-            One decision per row. Rows encoded as negative prompts are allowed: a concept named there is already pushed
-            away, and opening its membrane there would weaken that.
+            One decision per row. Rows encoded as negative prompts are not judged by their words: a concept named there
+            is already pushed away, and opening its membrane there would weaken that. What `guidance: both` opens on
+            them follows the prompts they are paired with.
         """
-        scores = self._gate.read(states, [origin.ids if origin else None for origin in origins])
-        return [self._row(row, origin) for row, origin in zip(scores, origins, strict=True)]
+        reading = self.gate.read(states, [origin.ids if origin else None for origin in origins], every=every)
+        looking = self.policy.audit.evidence == "opened" if evidence is None else evidence
+        gammas: list[list[float]] = reading.permeability.tolist()
+        rows = [
+            None if origin is not None and origin.negative else self._row(reading, gammas[k], k, origin, looking)
+            for k, origin in enumerate(origins)
+        ]
+        prompts = [k for k, decision in enumerate(rows) if decision is not None]
+        negatives = [k for k, decision in enumerate(rows) if decision is None]
+        paired = {n: [p] for n, p in zip(negatives, prompts, strict=False)}
+        if len(negatives) != len(prompts):  # which belongs to which is not known
+            paired = dict.fromkeys(negatives, prompts)
+        return [
+            decision
+            if decision is not None
+            else self._negative(reading, k, origins[k], [one for p in paired[k] if (one := rows[p]) is not None])
+            for k, decision in enumerate(rows)
+        ]
 
-    def decide_texts(self, texts: Sequence[str]) -> list[Decision]:
-        """Decides for prompts without drawing: encodes them as the host does."""
+    def decide_texts(
+        self, texts: Sequence[str], *, every: bool = False, evidence: bool | None = None
+    ) -> list[Decision]:
+        """Decides for prompts without drawing: encodes them as the host does. See `decide`."""
         if not texts:
             return []
-        ids = self._backend.tokenise(texts)
+        ids = self.backend.tokenise(texts)
         origins = [Origin(tuple(row), text) for row, text in zip(ids.tolist(), texts, strict=True)]
-        return self.decide(self._backend.encode(ids), origins)
+        return self.decide(self.backend.encode(ids), origins, every=every, evidence=evidence)
 
     def permeability(self, decisions: Sequence[Decision]) -> Tensor:
         """Returns γ as [rows, membranes]."""
         rows = [[a.permeability for a in decision.activations] for decision in decisions]
         return torch.tensor(rows).view(len(rows), len(self.installed))
 
-    def _row(self, scores: Sequence[Score], origin: Origin | None) -> Decision:
-        pairs = list(zip(self.installed, scores, strict=True))
-        if origin is not None and origin.negative:
-            shut = tuple(Activation(item, score, 0.0) for item, score in pairs)
-            return Decision(origin.text, False, shut, (), "allow", None, "a negative prompt opens nothing")
+    def _activations(
+        self,
+        reading: Reading,
+        row: int,
+        gammas: Sequence[float],
+        found: Mapping[int, tuple[Trigger, ...]] | None = None,
+    ) -> tuple[Activation, ...]:
+        return tuple(
+            Activation(item, target, gamma, (found or {}).get(k, ()), _place=(reading, row, k))
+            for k, (item, target, gamma) in enumerate(zip(self.installed, self.gate.targets, gammas, strict=True))
+        )
+
+    def _negative(self, reading: Reading, row: int, origin: Origin | None, prompts: Sequence[Decision]) -> Decision:
+        """Decides for an unconditional row: what `guidance: both` opens on it is what its prompts open."""
+        gammas = [
+            max((decision.activations[k].permeability for decision in prompts), default=0.0)
+            if item.rule.transport.guidance == "both"
+            else 0.0
+            for k, item in enumerate(self.installed)
+        ]
+        activations = self._activations(reading, row, gammas)
+        text = origin.text if origin is not None else None
+        opened = [activation.installed.rule for activation in activations if activation.opened]
+        if not reading.finite[row]:
+            return self._broken(activations)
+        if opened:
+            rule = max(opened, key=lambda rule: rule.severity)
+            return Decision(text, False, activations, (), "erase", rule, "opens as far as its prompt (guidance: both)")
+        return Decision(text, False, activations, (), "allow", None, "a negative prompt opens nothing by itself")
+
+    @staticmethod
+    def _broken(activations: tuple[Activation, ...]) -> Decision:
+        reason = (
+            "the conditioning holds NaN or infinity, so that no gate can read it; expected finite numbers: load the "
+            "text encoder in another number format, or look for what overflows"
+        )
+        return Decision(None, False, activations, (), "refuse", None, reason)
+
+    def _row(
+        self, reading: Reading, gammas: Sequence[float], row: int, origin: Origin | None, looking: bool
+    ) -> Decision:
+        if not reading.finite[row]:
+            return self._broken(self._activations(reading, row, [1.0] * len(gammas)))
         if origin is None:
-            return self._unknown(pairs)
+            return self._unknown(self._activations(reading, row, [1.0] * len(gammas)))
         decoded = origin.text is None
-        text = origin.text if origin.text is not None else self._backend.text_of(origin.ids)
-        readings = self._backend.readings(origin.ids) if decoded else (text,)
+        text = origin.text if origin.text is not None else self._decoded(origin)
+        readings = self._readings(origin) if decoded else (text,)
         hits = tuple(dict.fromkeys(hit for reading in readings for hit in lexical_hits(self.policy, reading)))
-        activations = tuple(Activation(item, score, score.permeability) for item, score in pairs)
+        opened = [k for k, gamma in enumerate(gammas) if gamma > 0]
+        found = self._triggers(text, origin, opened, looking) if opened else {}
+        activations = self._activations(reading, row, gammas, found)
         outcome, rule, reason = self._verdict(activations, hits)
-        return Decision(text, decoded, activations, hits, outcome, rule, reason)
+        truncated = 0 if decoded else self.truncated(text, origin.ids)
+        return Decision(text, decoded, activations, hits, outcome, rule, reason, truncated)
+
+    def _chunks(self, origin: Origin) -> list[tuple[int, ...]]:
+        return [origin.ids[k : k + self.gate.window] for k in range(0, len(origin.ids), self.gate.window)]
+
+    def _decoded(self, origin: Origin) -> str:
+        return " ".join(self.backend.text_of(chunk) for chunk in self._chunks(origin))
+
+    def _readings(self, origin: Origin) -> tuple[str, ...]:
+        readings = [self.backend.readings(chunk) for chunk in self._chunks(origin)]
+        return tuple(dict.fromkeys(" ".join(found[k] for found in readings) for k in (0, -1)))
+
+    def truncated(self, text: str, ids: Sequence[int]) -> int:
+        """Returns how many tokens of a text are not among the token ids that the model reads."""
+        return max(0, len(self.backend.tokens(text)) - len(self.backend.words(ids)))
+
+    def _triggers(
+        self, text: str, origin: Origin, opened: Sequence[int], looking: bool
+    ) -> dict[int, tuple[Trigger, ...]]:
+        """Returns the places in a prompt that open membranes: phrases and, if looked for, tokens."""
+        found: dict[int, tuple[Trigger, ...]] = {}
+        for one in sorted(located_hits(self.policy, text), key=lambda one: one.start):
+            k = self._numbers.get(one.hit.rule, -1)
+            if k in opened:
+                found[k] = (*found.get(k, ()), Trigger(one.start, one.end, "lexical", 1.0, one.changes))
+        if looking and len(origin.ids) <= self.gate.window:
+            tokens = self.tokens_read(text, origin.ids)
+            weights = token_evidence(self.gate, self.backend, origin.ids) if tokens else torch.zeros(0)
+            for k in opened if tokens else ():
+                found[k] = (*found.get(k, ()), *triggers(weights[:, k], tokens))
+        return found
+
+    def tokens_read(self, text: str, ids: Sequence[int]) -> tuple[Token, ...]:
+        """Returns the tokens of a text that the model reads, with their places in it.
+
+        Args:
+            text: The prompt.
+            ids: Its token ids, one window of them.
+
+        Returns:
+            The tokens; none where the text was decoded from ids and tokenises differently, so that places in it would
+            be wrong.
+        """
+        read = [token for token, _ in self.backend.words(ids)]
+        tokens = self.backend.tokens(text)[: len(read)]
+        return tokens if [token.id for token in tokens] == read else ()
 
     def _verdict(
         self, activations: Sequence[Activation], hits: Sequence[Hit]
@@ -154,10 +236,9 @@ class Gatekeeper:
             return "allow", None, "no rule is touched"
         return max(found, key=lambda entry: (_GRAVITY[entry[0]], entry[1].severity))
 
-    def _unknown(self, pairs: Sequence[tuple[Installed, Score]]) -> Decision:
+    def _unknown(self, activations: tuple[Activation, ...]) -> Decision:
         """Decides for conditioning whose words are unknown, as `on_unknown` says; what needs words fails closed."""
         blind = [rule for rule in self.policy.rules if rule.effective == "refuse"]
-        activations = tuple(Activation(item, score, 1.0) for item, score in pairs)
         if blind or self.policy.on_unknown == "refuse":
             rule = blind[0] if blind else None
             why = f"rule {blind[0].id!r} can only refuse prompts by their words" if blind else "on_unknown is refuse"

@@ -132,7 +132,7 @@ def apply_policy(
     except BaseException:
         log.close()
         raise
-    for notice in resolved.notices:
+    for notice in guard.notices:
         logger.warning(notice)
     return guard
 
@@ -193,8 +193,8 @@ class Guard:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the person who applies the policy should read: which rules have no membrane, and what happens then."""
-        return self.policy.notices
+        """What the person who applies the policy should read: rules that lack a membrane, membranes not calibrated."""
+        return (*self.policy.notices, *self._gatekeeper.notices)
 
     @property
     def audit_path(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safegen.audit import (
@@ -17,13 +18,16 @@ from safegen.audit import (
     PolicyRecord,
     RequestRecord,
     ScoreRecord,
+    ThresholdRecord,
+    TriggerRecord,
     VerdictRecord,
 )
 from safegen.audit.events import EventFields, EventKind
 from safegen.backend.conditioning import Origin
 from safegen.backend.injection import Injection
+from safegen.decision import Activation, Decision, Installed
 from safegen.errors import AuditWriteError, SafegenError
-from safegen.gatekeeper import Decision, Gatekeeper, Installed
+from safegen.gatekeeper import Gatekeeper
 from safegen.policy.resolve import ResolvedPolicy
 
 if TYPE_CHECKING:
@@ -130,6 +134,7 @@ class Recorder:
             inputs=() if decision.text is not None else ("embeds_only",),
             membranes=self._membranes(decision),
             hits=tuple(self._log.hit(hit.rule, hit.concept, hit.phrase) for hit in decision.hits),
+            truncated_tokens=decision.truncated,
             verdict=_verdict(decision),
         )
         if decision.text is not None:
@@ -144,39 +149,28 @@ class Recorder:
         return AttestRecord(modules_expected=self._sites, modules_seen=self._sites, calls=calls)
 
     def _membranes(self, decision: Decision, effect: Sequence[float] | None = None) -> tuple[MembraneRecord, ...]:
-        records: list[MembraneRecord] = []
-        for k, activation in enumerate(decision.activations):
-            score = activation.score
-            records.append(
-                _membrane(
-                    activation.installed,
-                    score=ScoreRecord(clipcos=score.clipcos, token=score.token, lexical=score.lexical),
-                    permeability=activation.permeability,
-                    opened=activation.opened and self._policy.mode == "enforce",
-                    effect=effect[k] if effect is not None and activation.opened else None,
-                )
+        enforced = self._policy.mode == "enforce"
+        return tuple(
+            replace(
+                _membrane(activation.installed),
+                score=_score(activation),
+                permeability=activation.permeability,
+                opened=activation.opened and enforced,
+                effect=effect[k] if effect is not None and activation.opened else None,
+                thresholds=tuple(ThresholdRecord(s, c.lo, c.hi) for s, c in activation.target.curves.items()),
+                triggers=tuple(TriggerRecord(t.start, t.end, t.by, t.weight, t.changes) for t in activation.triggers),
             )
-        return tuple(records)
+            for k, activation in enumerate(decision.activations)
+        )
 
 
-def _membrane(
-    item: Installed,
-    *,
-    score: ScoreRecord | None = None,
-    permeability: float | None = None,
-    opened: bool | None = None,
-    effect: float | None = None,
-) -> MembraneRecord:
-    return MembraneRecord(
-        rule=item.rule.id,
-        concept=item.rule.concept.id,
-        sha256=item.sha256,
-        strength=item.rule.strength,
-        score=score,
-        permeability=permeability,
-        opened=opened,
-        effect=effect,
-    )
+def _score(activation: Activation) -> ScoreRecord:
+    score = activation.score
+    return ScoreRecord(score.clipcos, score.token, score.lexical, score.direction, score.semantic)
+
+
+def _membrane(item: Installed) -> MembraneRecord:
+    return MembraneRecord(item.rule.id, item.rule.concept.id, item.sha256, item.rule.strength)
 
 
 def _distinct(decisions: Sequence[Decision], origins: Sequence[Origin | None]) -> list[Decision]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safegen.backend.base import Backend, Call
-from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam, fingerprint
+from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam
 from safegen.backend.injection import Injection, Opening
 from safegen.errors import AttestationError, PromptRefused, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper
@@ -160,7 +160,7 @@ class Runs:
         return again
 
     def _origins(self, call: Call, encoding: Encoding) -> list[Origin | None]:
-        origins = [self._seam.origin(fingerprint(row), encoding) for row in call.states]
+        origins = [self._seam.trace(row, encoding) for row in call.states]
         if call.foreign:  # the words are not all that the denoiser reads
             origins = [origin if origin is not None and origin.negative else None for origin in origins]
         if all(origin is not None and origin.negative for origin in origins):  # not guidance: nothing else is drawn
@@ -170,7 +170,8 @@ class Runs:
     def _gate(self, call: Call, request: str, seen: Encoding, encoding: Encoding) -> Run:
         self._prove_attachment()
         origins = self._origins(call, encoding)
-        decisions = self._gatekeeper.decide(call.states, origins)
+        with self._seam.unseen():
+            decisions = self._gatekeeper.decide(call.states, origins)
         enforce = self._gatekeeper.policy.mode == "enforce"
         refused = [d for d in decisions if d.outcome == "refuse"]
         if refused and enforce:

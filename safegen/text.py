@@ -52,14 +52,14 @@ def normalise(text: str) -> str:
     """
     if text.isascii():
         return " ".join(text.translate(_ASCII_CONTROLS).casefold().split())
-    plain = _drop_invisible(unicodedata.normalize("NFKD", text))
+    plain = drop_invisible(unicodedata.normalize("NFKD", text))
     # Folding comes after the first stripping (U+0345 would fold to a letter) and can itself bring marks back.
-    plain = _drop_invisible(unicodedata.normalize("NFKD", plain.casefold()))
+    plain = drop_invisible(unicodedata.normalize("NFKD", plain.casefold()))
     plain = unicodedata.normalize("NFKC", plain.translate(_LOOKALIKES))
     return " ".join(plain.split())
 
 
-def _drop_invisible(text: str) -> str:
+def drop_invisible(text: str) -> str:
     """Returns `text` without marks, format and control characters; tabs and line ends stay, they are white space."""
     if text.isascii():
         return text.translate(_ASCII_CONTROLS)
@@ -223,6 +223,20 @@ class PhraseMatcher:
             joined = _Joined(_unleet(plain))
             found += [Match(self.phrases[i], "leet", start, end) for i, start, end in _scan(self._leet, joined)]
         return tuple(found)
+
+
+def letters(plain: str, reading: Literal["plain", "leet"]) -> list[int]:
+    """Returns where the characters stand that the offsets of a `Match` count.
+
+    Args:
+        plain: A normalised text.
+        reading: The reading of the match.
+
+    Returns:
+        Offsets into `plain`, ascending.
+    """
+    text = plain if reading == "plain" else _unleet(plain)  # of the same length
+    return [offset for token in _TOKEN.finditer(text) for offset in range(*token.span())]
 
 
 def phrase_matches(phrase: str, text: str) -> bool:

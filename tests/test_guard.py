@@ -110,15 +110,14 @@ def test_shut_is_the_base_model_bit_for_bit(guidance: float, pipe: Any, tmp_path
 def test_a_permeability_between_0_and_1_is_applied_as_it_is(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:
     """The tiny encoder's cosine with "ghost" is below 1 and above this floor."""
     base = draw(pipe, "a fox", guidance_scale=1)
-    membrane = random_membrane(pipe, floor=0.1, size=0.1)
+    membrane = random_membrane(pipe, floor=0.05, size=0.1)
     with applied(pipe, tmp_path, audit_key, membranes=[membrane]) as guard:
         (activation,) = guard.decide(["a fox"])[0].activations
-        assert 0.1 < activation.permeability < 1
+        assert 0 < activation.permeability < 1
         found = draw(pipe, "a fox", guidance_scale=1)
     # The same size by another road: fully open, with factors scaled down.
     scaled = {k: Factor(f.down, f.up, f.alpha * activation.permeability) for k, f in membrane.factors.items()}
-    other = random_membrane(pipe, floor=0.1)
-    pinned = type(other)("ghost", ("a fox",), other.base, other.architecture, scaled, floor=0.1)
+    pinned = replace(random_membrane(pipe, "a fox", floor=0.05), concept="ghost", factors=scaled)
     (tmp_path / "again").mkdir()
     with applied(pipe, tmp_path / "again", audit_key, membranes=[pinned]):
         torch.testing.assert_close(found, draw(pipe, "a fox", guidance_scale=1), atol=1e-5, rtol=1e-4)
@@ -133,6 +132,7 @@ def test_strength_multiplies(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> N
         weak.base,
         weak.architecture,
         {k: Factor(f.down, f.up, 2 * f.alpha) for k, f in weak.factors.items()},
+        metadata=weak.metadata,
     )
     images: list[Tensor] = []
     for name, rule, membrane in (("a", "erase, strength: 2.0", weak), ("b", "erase", double), ("c", "erase", weak)):

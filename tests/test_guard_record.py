@@ -115,7 +115,11 @@ def test_what_stands_in_the_records(pipe: Any, tmp_path: Path, audit_key: HmacKe
     (found,) = membranes_of(gated)
     assert (found.permeability, found.opened, found.effect) == (1.0, True, None)
     assert found.score is not None
-    assert (found.score.token, found.score.lexical) == (1.0, 1.0)
+    assert (found.score.token, found.score.lexical) == (None, 1.0)
+    assert -1 <= (found.score.direction or 0.0) < 1
+    assert [(t.start, t.end, t.by, t.weight) for t in found.triggers or ()] == [(0, 5, "lexical", 1.0)]
+    assert [(t.score, t.lo, t.hi) for t in found.thresholds or ()] == [("direction", 1.0, 1.0)]
+    assert gated.truncated_tokens == 0
     assert gated.verdict is not None
     assert (gated.verdict.decision, gated.verdict.rule, gated.verdict.severity) == ("match", "ghost", "high")
     assert gated.action is not None

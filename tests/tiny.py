@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from safegen.audit import HmacKey, Record, read_records
+from safegen.backend.base import Backend
 from safegen.backend.sites import file_key
 from safegen.guard import Guard, apply_policy
 from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Factor, Membrane
+from safegen.transport.calibration import METADATA_KEY, Calibration, text_of
 
 WORDS = tuple("a an the of in and style photo ghost robot fox van gogh mouse mickey santa claus nude".split())  # noqa: SIM905
 
@@ -95,10 +97,28 @@ def tiny_sd(
     return pipe
 
 
+def tiny_sentence_encoder(folder: Path) -> Path:
+    """Writes a BERT of random weights with a vocabulary of whole words."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    folder.mkdir(parents=True)
+    content: dict[str, Any] = {"vocab": {word: k for k, word in enumerate(words)}}
+    BertTokenizer(**content).save_pretrained(folder)
+    config: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), intermediate_size=32, **config)).save_pretrained(folder)
+    return folder
+
+
 def random_membrane(
     pipe: Any, concept: str = "ghost", *, rank: int = 1, seed: int = 0, size: float = 0.5, floor: float = 0.99
 ) -> Membrane:
-    """A membrane with random factors that fits a tiny pipeline."""
+    """A membrane with random factors that fits a tiny pipeline.
+
+    It is calibrated by hand for the pipeline's text encoder: graded scores open it from `floor` on, in proportion up to
+    1. With 1, only the bare name itself and whole phrases do.
+    """
     from safegen.backend import backend_of
 
     backend = backend_of(pipe)
@@ -110,7 +130,13 @@ def random_membrane(
         up = size * torch.randn(module.weight.shape[0], rank, *tail, generator=generator)
         factors[file_key(name)] = Factor(down, up, float(rank))
     name = concept.replace("-", " ")
-    return Membrane(concept, (name,), backend.family, backend.sites.architecture, factors, floor=floor)
+    metadata = {METADATA_KEY: text_of([by_hand(score, backend, floor) for score in ("direction", "paper")])}
+    return Membrane(concept, (name,), backend.family, backend.sites.architecture, factors, metadata=metadata)
+
+
+def by_hand(score: str, backend: Backend, lo: float) -> Calibration:
+    """A calibration that nobody measured: the thresholds are `lo` and 1."""
+    return Calibration(score, backend.fingerprint, lo, 1.0, auroc=1.0, false_open_at_99=0.0, positives=1, negatives=1)
 
 
 def draw(pipe: Any, prompts: str | Sequence[str], *, seed: int = 0, steps: int = 3, **kwargs: Any) -> Tensor:

@@ -21,6 +21,8 @@ from safegen.audit.events import (
     RuntimeVersions,
     ScoreRecord,
     SegmentRecord,
+    ThresholdRecord,
+    TriggerRecord,
     VerdictRecord,
 )
 from safegen.audit.keys import HmacKey, load_key
@@ -47,6 +49,8 @@ __all__ = [
     "RuntimeVersions",
     "ScoreRecord",
     "SegmentRecord",
+    "ThresholdRecord",
+    "TriggerRecord",
     "VerdictRecord",
     "VerifyReport",
     "load_key",

@@ -97,11 +97,43 @@ class ScoreRecord(Plain):
         clipcos: Cosine of text encodings, in [-1, 1] (SPM, facilitated transport).
         token: Token overlap, in [0, 1] (SPM Eq. 10).
         lexical: 1 where a whole phrase of the concept was found, else 0.
+        direction: Cosine of what prompt and concept change in the text encoding, in [-1, 1].
+        semantic: Cosine of sentence encodings, in [-1, 1].
     """
 
     clipcos: float | None = None
     token: float | None = None
     lexical: float | None = None
+    direction: float | None = None
+    semantic: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdRecord(Plain):
+    """The thresholds that a score was held against: shut below `lo`, fully open from `hi` on, both in [-1, 1]."""
+
+    score: str
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True, slots=True)
+class TriggerRecord(Plain):
+    """A place in the prompt that opened a membrane: numbers only, the words themselves would reveal the prompt.
+
+    Attributes:
+        start: Offset of its first character, in code points.
+        end: Offset after its last character.
+        by: `lexical`, a whole phrase; `evidence`, tokens without which the score falls.
+        weight: 1 for a phrase; for tokens, how far the score falls without them.
+        normalised: What had to be normalised to find a phrase.
+    """
+
+    start: int
+    end: int
+    by: str
+    weight: float
+    normalised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +149,8 @@ class MembraneRecord(Plain):
         permeability: The intent, in [0, 1].
         opened: Whether the membrane acted on this prompt (permeability above 0).
         effect: The measured ratio ‖γ s Δ(x)‖ / ‖W x‖, >= 0.
+        thresholds: What the graded scores were held against.
+        triggers: The places in the prompt that opened it.
     """
 
     rule: str
@@ -127,6 +161,8 @@ class MembraneRecord(Plain):
     permeability: float | None = None
     opened: bool | None = None
     effect: float | None = None
+    thresholds: tuple[ThresholdRecord, ...] | None = None
+    triggers: tuple[TriggerRecord, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +248,7 @@ class Record(Plain):
         event_id: A UUID of version 7.
         kind: One of `EventKind`, or `segment.open`, `segment.close`.
         timing_ms: Duration of what is recorded, in milliseconds.
+        truncated_tokens: How many tokens of the prompt the model does not read, because they are past its window.
         hash: sha256 of the canonical form of this record without `hash`.
     """
 
@@ -238,6 +275,7 @@ class Record(Plain):
     segment: SegmentRecord | None = None
     footer: FooterRecord | None = None
     timing_ms: float | None = None
+    truncated_tokens: int | None = None
 
 
 class EventFields(TypedDict, total=False):
@@ -256,6 +294,7 @@ class EventFields(TypedDict, total=False):
     output: OutputRecord
     error: ErrorRecord
     timing_ms: float
+    truncated_tokens: int
 
 
 REQUIRED: dict[str, tuple[str, ...]] = {

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,7 @@ def _fingerprints(rows: Tensor | None) -> frozenset[bytes]:
 
 
 _announced: ContextVar[Texts | None] = ContextVar("safegen_prompts", default=None)
+_unseen: ContextVar[bool] = ContextVar("safegen_unseen", default=False)
 _last: ContextVar[tuple[object, Encoding] | None] = ContextVar("safegen_encoding", default=None)
 
 
@@ -104,6 +106,7 @@ class TextSeam:
         self._reporting = _Reporting(self, backend.text_encoder)
         self._prove: Callable[[], None] = lambda: None
         self._origins: OrderedDict[bytes, Origin] = OrderedDict()
+        self._window = backend.tokenise([""]).shape[1]
 
     def attach(self, prove: Callable[[], None]) -> None:
         """Starts to remember.
@@ -133,6 +136,15 @@ class TextSeam:
         """Ends what `announce` began."""
         _announced.reset(token)
 
+    @contextmanager
+    def unseen(self) -> Generator[None]:
+        """Lets this thread encode without anything being remembered: for safegen's own questions during a run."""
+        token = _unseen.set(True)
+        try:
+            yield
+        finally:
+            _unseen.reset(token)
+
     def returned(self, prompts: Tensor | None, negatives: Tensor | None) -> None:
         """Takes note of what `encode_prompt` returned, while its texts are announced.
 
@@ -148,6 +160,8 @@ class TextSeam:
 
     def encode(self, encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a text encoder and remembers its rows."""
+        if _unseen.get():
+            return encoder(*args, **kwargs)
         if _announced.get() is None:
             self._prove()
         output = encoder(*args, **kwargs)
@@ -167,6 +181,24 @@ class TextSeam:
             self._origins.move_to_end(where)
         while len(self._origins) > _ROWS_KEPT:
             self._origins.popitem(last=False)
+
+    def trace(self, row: Tensor, encoding: Encoding) -> Origin | None:
+        """Returns where a row of conditioning came from; None where that is unknown.
+
+        Hosts for long prompts encode them in chunks of the encoder's window and join those: such a row's origin is
+        that of all its chunks, one after the other.
+
+        Args:
+            row: [tokens, width].
+            encoding: What the run that uses it encoded.
+        """
+        key = fingerprint(row)
+        if len(row) <= self._window or len(row) % self._window:
+            return self.origin(key, encoding)
+        found = [self.origin(fingerprint(chunk), encoding) for chunk in row.split(self._window)]
+        if not all(found):
+            return None
+        return Origin(tuple(i for origin in found if origin for i in origin.ids), None, key in encoding.negatives)
 
     def origin(self, key: bytes, encoding: Encoding) -> Origin | None:
         """Returns where a row with this fingerprint came from; None where it is unknown.

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from safegen._version import __version__
-from safegen.cli import audit, audit_verify, convert, demo, faults, generate, inspect, train
+from safegen.cli import audit, audit_verify, calibrate, convert, demo, explain, faults, generate, inspect, train
 from safegen.cli.faults import reported
 from safegen.cli.render import show, warn
 
@@ -69,6 +69,8 @@ _audit.command("verify", epilog=audit_verify.EXAMPLE)(reported()(audit_verify.ve
 app.add_typer(_audit, name="audit")
 app.command("train", epilog=train.EXAMPLE)(reported()(train.train))
 app.command("convert", epilog=convert.EXAMPLE)(reported()(convert.convert))
+app.command("calibrate", epilog=calibrate.EXAMPLE)(reported()(calibrate.calibrate))
+app.command("explain", epilog=explain.EXAMPLE)(reported()(explain.explain))
 app.command("inspect", epilog=inspect.EXAMPLE)(reported()(inspect.inspect))
 
 

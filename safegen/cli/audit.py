@@ -60,6 +60,9 @@ Threshold = Annotated[
     ),
 ]
 ShowAll = Annotated[bool, typer.Option("--all", help="List shut membranes too, with their scores, for every prompt.")]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Find the tokens that open a membrane too; slower. They are in the JSON.")
+]
 
 
 def audit(
@@ -70,6 +73,7 @@ def audit(
     revision: options.Revision = None,
     fail_on: Threshold = None,
     show_all: ShowAll = False,
+    explain: Explain = False,
     membranes: options.Membranes = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -91,7 +95,9 @@ def audit(
     name = options.policy_for(policy, model)
     load_policy(name)  # for its faults, before the model is loaded
     with _spooled(prompts) as rows:
-        highest = _audit(rows, name, model, revision, membranes or [], show_all=show_all, as_json=as_json)
+        highest = _audit(
+            rows, name, model, revision, membranes or [], show_all=show_all, explain=explain, as_json=as_json
+        )
     severities = list(FailOn)
     if fail_on and highest and severities.index(FailOn(highest)) >= severities.index(fail_on):
         say(f"exit 1: a rule of severity {highest} is touched (--fail-on {fail_on})")
@@ -151,6 +157,7 @@ def _audit(
     membranes: Sequence[Path],
     *,
     show_all: bool,
+    explain: bool,
     as_json: bool,
 ) -> str | None:
     """Decides and prints; returns the highest severity that was touched."""
@@ -161,12 +168,13 @@ def _audit(
     from safegen.guard import prepare
 
     backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes)
-    for notice in resolved.notices:
+    notices = (*resolved.notices, *gatekeeper.notices)
+    for notice in notices:
         warn(notice)
     summary = Summary(resolved)
-    decided = _decided(rows, gatekeeper, summary)
+    decided = _decided(rows, gatekeeper, summary, explain=explain)
     if as_json:
-        _print_json(decided, summary, policy_values(resolved), backend.family, resolved.notices)
+        _print_json(decided, summary, policy_values(resolved), backend.family, notices)
     else:
         _print_tables(decided, summary, show_all=show_all)
     return summary.highest
@@ -175,11 +183,11 @@ def _audit(
 Decided = Iterable[list[tuple[Row, DecisionValues]]]
 
 
-def _decided(rows: Rows, gatekeeper: Gatekeeper, summary: Summary) -> Decided:
+def _decided(rows: Rows, gatekeeper: Gatekeeper, summary: Summary, *, explain: bool) -> Decided:
     done = 0
     with progress("deciding", rows.count, beside=True) as step:
         for batch in rows.batches():
-            decisions = gatekeeper.decide_texts([row["prompt"] for row in batch])
+            decisions = gatekeeper.decide_texts([row["prompt"] for row in batch], evidence=explain or None)
             found = [decision_values(decision, gatekeeper.policy) for decision in decisions]
             summary.add(found)
             done += len(batch)

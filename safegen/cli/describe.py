@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, TypedDict
 from safegen.cli.render import Column, Line
 
 if TYPE_CHECKING:
-    from safegen.gatekeeper import Activation, Decision
+    from safegen.decision import Activation, Decision
     from safegen.policy.resolve import ResolvedPolicy
+    from safegen.transport.evidence import Trigger
 
 _DIGITS = 6  # as in the audit log
 
@@ -20,6 +21,24 @@ class HitValues(TypedDict):
     concept: str
     phrase: str
     action: str
+
+
+class TriggerValues(TypedDict):
+    """A place in the prompt that opens a membrane; offsets in code points."""
+
+    start: int
+    end: int
+    text: str
+    by: str
+    weight: float
+    normalised: list[str]
+
+
+class ThresholdValues(TypedDict):
+    """The thresholds of a score: shut below `lo`, fully open from `hi` on."""
+
+    lo: float
+    hi: float
 
 
 class MembraneValues(TypedDict):
@@ -34,12 +53,17 @@ class MembraneValues(TypedDict):
     action: str
     opened: bool
     permeability: float
-    floor: float
-    clipcos: float
-    token: float | None
+    strength: float
+    direction: float | None
     lexical: float | None
+    clipcos: float | None
+    token: float | None
+    semantic: float | None
+    thresholds: dict[str, ThresholdValues]
+    least: float
     words: list[str]
     similar_to: str | None
+    triggers: list[TriggerValues]
 
 
 class DecisionValues(TypedDict):
@@ -51,6 +75,7 @@ class DecisionValues(TypedDict):
     reason: str
     fired: list[str]
     hits: list[HitValues]
+    truncated_tokens: int
     membranes: list[MembraneValues]
 
 
@@ -83,12 +108,14 @@ def decision_values(decision: Decision, policy: ResolvedPolicy) -> DecisionValue
             {"rule": hit.rule, "concept": hit.concept, "phrase": hit.phrase, "action": actions[hit.rule]}
             for hit in decision.hits
         ],
-        "membranes": [_membrane_values(activation) for activation in decision.activations],
+        "truncated_tokens": decision.truncated,
+        "membranes": [membrane_values(activation, decision.text or "") for activation in decision.activations],
     }
 
 
-def _membrane_values(activation: Activation) -> MembraneValues:
-    score = activation.score
+def membrane_values(activation: Activation, text: str) -> MembraneValues:
+    """Returns how far a membrane opens for a prompt with this text, and why."""
+    score, target = activation.score, activation.target
     concept = activation.installed.rule.concept
     return {
         "rule": activation.installed.rule.id,
@@ -96,16 +123,33 @@ def _membrane_values(activation: Activation) -> MembraneValues:
         "action": "erase" if activation.opened else "allow",
         "opened": activation.opened,
         "permeability": round(activation.permeability, _DIGITS),
-        "floor": round(activation.installed.floor, _DIGITS),
-        "clipcos": round(score.clipcos, _DIGITS),
-        "token": None if score.token is None else round(score.token, _DIGITS),
-        "lexical": None if score.lexical is None else round(score.lexical, _DIGITS),
+        "strength": activation.installed.rule.strength,
+        "direction": score.direction,
+        "lexical": score.lexical,
+        "clipcos": score.clipcos,
+        "token": score.token,
+        "semantic": score.semantic,
+        "thresholds": {name: {"lo": curve.lo, "hi": curve.hi} for name, curve in target.curves.items()},
+        "least": target.least,
         "words": list(score.words),
         "similar_to": concept.name if activation.opened and not score.words else None,
+        "triggers": [trigger_values(trigger, text) for trigger in activation.triggers],
     }
 
 
-SCORE_COLUMNS = (Column("γ", width=5), Column("clipcos", width=7), Column("token", width=5), Column("lexical", width=7))
+def trigger_values(trigger: Trigger, text: str) -> TriggerValues:
+    """Returns a place in a prompt as plain values."""
+    return {
+        "start": trigger.start,
+        "end": trigger.end,
+        "text": text[trigger.start : trigger.end],
+        "by": trigger.by,
+        "weight": round(trigger.weight, _DIGITS),
+        "normalised": list(trigger.changes),
+    }
+
+
+SCORE_COLUMNS = (Column("γ", width=5), Column("score", width=6), Column("lo", width=6), Column("lexical", width=7))
 DECISION_COLUMNS = (
     Column("line", width=6),
     Column("prompt", share=3),
@@ -121,17 +165,32 @@ def score_cells(membrane: MembraneValues | None) -> tuple[str, ...]:
     """Returns the cells of `SCORE_COLUMNS`; dashes where no membrane is concerned."""
     if membrane is None:
         return ("-",) * len(SCORE_COLUMNS)
-    parts = (membrane["permeability"], membrane["clipcos"], membrane["token"], membrane["lexical"])
+    held = {name: value for name, value in graded(membrane).items() if name in membrane["thresholds"]}
+    name, value = next(iter(held.items()), ("", None))
+    lo = membrane["thresholds"][name]["lo"] if name else None
+    parts = (membrane["permeability"], value, lo, membrane["lexical"])
     return tuple("-" if value is None else f"{value:.3f}" for value in parts)
+
+
+def graded(membrane: MembraneValues) -> dict[str, float | None]:
+    """Returns the graded scores by name, that of the paper as the larger of its parts; None where not computed."""
+    parts = [part for part in (membrane["clipcos"], membrane["token"]) if part is not None]
+    return {
+        "direction": membrane["direction"],
+        "paper": max(parts) if parts else None,
+        "semantic": membrane["semantic"],
+    }
 
 
 def nearest(decision: DecisionValues) -> MembraneValues | None:
     """Returns the membrane that a prompt comes closest to opening; None where the policy has none."""
 
-    def score(membrane: MembraneValues) -> float:
-        return max(membrane["clipcos"], membrane["token"] or 0.0, membrane["lexical"] or 0.0)
+    def closeness(membrane: MembraneValues) -> tuple[float, float]:
+        held = {name: (value, membrane["thresholds"].get(name)) for name, value in graded(membrane).items()}
+        short = [value - t["lo"] for value, t in held.values() if value is not None and t is not None]
+        return membrane["permeability"], max(short, default=-2.0)
 
-    return max(decision["membranes"], key=score, default=None)
+    return max(decision["membranes"], key=closeness, default=None)
 
 
 def because(membrane: MembraneValues) -> str:

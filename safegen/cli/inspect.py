@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
@@ -78,6 +79,8 @@ def inspect(
 
 
 def _facts(membrane: Membrane, reading: Reading) -> dict[str, object]:
+    from safegen.transport.calibration import parse
+
     return {
         "file": str(reading.path),
         "layout": str(reading.layout),
@@ -91,7 +94,7 @@ def _facts(membrane: Membrane, reading: Reading) -> dict[str, object]:
         "parameters": membrane.parameter_count(),
         "bytes": reading.path.stat().st_size,
         "sha256": reading.sha256,
-        "floor": membrane.floor,
+        "calibration": [asdict(one) for one in parse(membrane.metadata)],
         "training_digest": membrane.metadata.get("safegen.training_digest", ""),
         "derived": membrane.metadata.get("safegen.derived", ""),
     }

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from rich import box
 from rich.console import Console
@@ -47,10 +48,17 @@ def show(text: str) -> None:
 
 
 def show_facts(facts: Mapping[str, object]) -> None:
-    """Prints named values to stdout, one a line; a list as its items, nothing as "-"."""
+    """Prints named values to stdout, one a line; a list as its items, a mapping as its pairs, nothing as "-"."""
     for name, value in facts.items():
         items: Sequence[object] = value if isinstance(value, list) else [value]
-        show(f"{name.replace('_', ' '):<16} {', '.join(str(item) for item in items) or '-'}")
+        show(f"{name.replace('_', ' '):<16} {', '.join(_fact(item) for item in items) or '-'}")
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = cast("dict[str, object]", value)
+        return " ".join(f"{name} {part}" for name, part in pairs.items())
+    return str(value)
 
 
 def say(text: str) -> None:
@@ -86,6 +94,24 @@ def show_json(value: object) -> None:
 def write(text: str) -> None:
     """Writes text to stdout as it is."""
     sys.stdout.write(text)
+
+
+def show_weighed(text: str, places: Sequence[tuple[int, int, float]]) -> None:
+    """Prints a text to stdout, its parts coloured by their weights.
+
+    Args:
+        text: Any text.
+        places: Start, end and weight in [0, 1] of parts that do not overlap, in order.
+    """
+    shown = Text()
+    done = 0
+    for start, end, weight in places:
+        shown.append(plain(text[done:start]))
+        shade = int(255 * (1 - weight))
+        shown.append(plain(text[start:end]), style=f"bold rgb(255,{shade},{shade})" if weight > 0 else "")
+        done = end
+    shown.append(plain(text[done:]))
+    _console().print(shown, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,12 +99,14 @@ def train(
         learning_rate=learning_rate,
         seed=seed,
     )
-    path = _train_and_write(model, revision, config, plan, out)
+    path = _train_and_write(model, revision, config, plan, out, pool)
     show(str(path))
     say(f"use it: safegen generate … --membranes {out} (with a policy that has a rule for {concept!r})")
 
 
-def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan: Plan, out: Path) -> Path:
+def _train_and_write(
+    model: str, revision: str | None, config: TrainConfig, plan: Plan, out: Path, pool: Path | None
+) -> Path:
     from safegen.cli.host import load_host
 
     pipe = load_host(model, revision)
@@ -120,8 +122,8 @@ def _train_and_write(model: str, revision: str | None, config: TrainConfig, plan
     held = f"holds {len(plan.pool)} captions in place"
     say(f"training {plan.concept!r} on {model}: erases {_listed(plan.targets)}, {held}")
     membrane = _trained(pipe, backend, config, plan)
-    _write(membrane, path)  # first, so that whatever goes wrong from here on costs no training; opens on whole names
-    membrane = _calibrated(membrane, backend, plan)
+    _write(membrane, path)  # first, so that whatever goes wrong from here on costs no training
+    membrane = _calibrated(backend, membrane, pool, model)
     digest = _write(membrane, path)
     with options.writing(path.with_name("card.md")):
         path.with_name("card.md").write_text(card_text(membrane, config, digest), "utf-8")
@@ -161,11 +163,13 @@ def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Me
         return trainer.run(report)
 
 
-def _calibrated(membrane: Membrane, backend: Backend, plan: Plan) -> Membrane:
-    """Returns the membrane with its floor measured on the captions that it must leave alone."""
-    from safegen.transport.calibrate import calibrated_floor
+def _calibrated(backend: Backend, membrane: Membrane, captions: Path | None, model: str) -> Membrane:
+    """Returns the membrane with the thresholds that hold on this model's text encoder."""
+    from safegen.cli.calibrate import measure
+    from safegen.transport.calibration import METADATA_KEY, text_of
 
-    return replace(membrane, floor=calibrated_floor(backend, membrane.targets, plan.pool))
+    found = text_of(measure(backend, membrane, captions, model))
+    return replace(membrane, metadata={**membrane.metadata, METADATA_KEY: found})
 
 
 def _write(membrane: Membrane, path: Path) -> str:
@@ -192,6 +196,7 @@ def _write(membrane: Membrane, path: Path) -> str:
 def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:
     """Returns the card of a membrane that `safegen train` made."""
     from safegen._version import __version__
+    from safegen.transport.calibration import parse, section
 
     settings = config.model_dump(mode="json", exclude={"concept", "targets", "templates"})
     return _CARD.format(
@@ -203,7 +208,7 @@ def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:
         architecture=membrane.architecture,
         sites=len(membrane.factors),
         parameters=membrane.parameter_count(),
-        floor=membrane.floor,
+        calibration=section(parse(membrane.metadata)),
         sha256=sha256,
         digest=config.digest(),
         settings="\n".join(f"| {key} | {value} |" for key, value in settings.items() if key != "surrogate"),
@@ -227,7 +232,6 @@ other images, is unknown until somebody measures it.
 | base family | {base} |
 | architecture | `{architecture}` |
 | sites, parameters | {sites}, {parameters:,} |
-| floor | {floor} |
 | sha256 of the file | `{sha256}` |
 | training digest | `{digest}` |
 
@@ -240,4 +244,5 @@ other images, is unknown until somebody measures it.
 Prompts around the name:
 
 {templates}
-"""
+
+{calibration}"""

@@ -12,6 +12,7 @@ from safegen.errors import UsageError, did_you_mean
 from safegen.mini import zoo
 from safegen.mini.catalogue import OBJECT_NAMES, STYLE_NAMES
 from safegen.mini.zoo import Plan
+from safegen.transport.phrasing import EVERYDAY, STYLE, THING, around
 
 _ALIASES = 3  # names of a concept that are trained on when the caller names none
 
@@ -57,6 +58,39 @@ def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str
     return replace(plan, targets=names, pool=captions)
 
 
+def calibration_prompts(
+    concept: str, targets: Sequence[str], captions: Path | None, model: str
+) -> tuple[list[str], list[str]]:
+    """Returns prompts that name a concept, and prompts that do not, to calibrate its membrane on.
+
+    Args:
+        concept: What the membrane erases; of the concept catalogue its aliases are names too.
+        targets: The names that it was trained on.
+        captions: File of captions in place of the default ones.
+        model: "mini", a pipeline folder, or a hub id.
+
+    Raises:
+        UsageError: Captions that all name the concept.
+        PromptsFileError: The captions cannot be read.
+    """
+    from safegen.policy.catalogue import load_catalogue
+
+    pool = _read_pool(captions, targets) if captions is not None else ()
+    if model == MINI and concept in _mini_concepts():
+        plan = zoo.plan(concept)
+        return around(targets, [prompt for prompt, _ in plan.templates]), [*(pool or plan.pool), *EVERYDAY]
+    catalogue = load_catalogue()
+    found = catalogue.concepts.get(concept)
+    templates = STYLE if found is not None and found.category == "artist-style" else THING
+    names = dict.fromkeys((*targets, *(found.aliases if found else ())))
+    others = [c.name for c in catalogue.concepts.values() if found is None or c.category == found.category]
+    return around(tuple(names), templates), [*pool, *around(others, templates[:3]), *EVERYDAY]
+
+
+def _mini_concepts() -> set[str]:
+    return {name.replace(" ", "-") for name in (*OBJECT_NAMES, *STYLE_NAMES)}
+
+
 def _read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
     from safegen.prompts import read_prompts
     from safegen.text import PhraseMatcher
@@ -72,7 +106,7 @@ def _read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _mini_plan(concept: str) -> Plan:
-    known = {name.replace(" ", "-") for name in (*OBJECT_NAMES, *STYLE_NAMES)}
+    known = _mini_concepts()
     if concept not in known:
         raise UsageError(
             f"--concept {concept}: the model mini draws nothing of that name.{did_you_mean(concept, known)}"

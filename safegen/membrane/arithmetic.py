@@ -46,8 +46,8 @@ def add(membranes: Sequence[Membrane], *, concept: str) -> Membrane:
         concept: Catalogue id of the sum.
 
     Returns:
-        Targets of all; the lowest floor, so that it opens wherever one of the parts would have opened; the parts'
-        surrogate where they agree. float32 where their dtypes or scales differ.
+        Targets of all; the parts' surrogate where they agree. float32 where their dtypes or scales differ. It has no
+        calibration: until it is measured (`safegen calibrate`), it opens by words alone.
 
     Raises:
         UsageError: No membranes.
@@ -74,7 +74,6 @@ def add(membranes: Sequence[Membrane], *, concept: str) -> Membrane:
         architecture=first.architecture,
         factors=factors,
         surrogate=first.surrogate if len(surrogates) == 1 else "",
-        floor=min(membrane.floor for membrane in membranes),
         metadata=_noted({}, {"op": "add", "of": parts}),
     )
 

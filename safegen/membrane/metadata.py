@@ -16,7 +16,7 @@ ADAPTER = "lora_adapter_metadata"
 SPEC = "modelspec.sai_model_spec"
 SPEC_HASH = "modelspec.hash_sha256"
 
-_OWN = ("concept", "targets", "base", "architecture", "surrogate", "floor")
+_OWN = ("concept", "targets", "base", "architecture", "surrogate")
 # Said anew by every writer, from the membrane or the bytes: whatever a reader finds under them is not kept. The two
 # sshs_ keys are digests that kohya's trainers take of the file they write.
 _DERIVED = frozenset(
@@ -64,7 +64,6 @@ def described(membrane: Membrane) -> dict[str, str]:
         "safegen.base": membrane.base,
         "safegen.architecture": membrane.architecture,
         "safegen.surrogate": membrane.surrogate,
-        "safegen.floor": repr(membrane.floor),
     }
 
 
@@ -94,7 +93,6 @@ def membrane_of(
     prompts = metadata.get("prompts", "")
     try:
         stated = tuple(_names(json.loads(own["targets"]))) if own["targets"] else (prompts,)
-        floor = float(own["floor"]) if own["floor"] else 1.0
     except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"its metadata cannot be read ({error}); expected what write_membrane writes") from error
     name = concept or concept_of(metadata)
@@ -110,7 +108,6 @@ def membrane_of(
         architecture=own["architecture"],
         factors=factors,
         surrogate=own["surrogate"],
-        floor=floor,
         metadata=_kept(metadata, name, own["base"]),
     )
 

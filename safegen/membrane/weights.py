@@ -64,8 +64,7 @@ class Membrane:
         architecture: Digest of the base model's sites and their shapes.
         factors: One factor per site, keyed as in the file (`lora_unet_…`); never empty.
         surrogate: What the concept turns into; the empty prompt where it is "".
-        floor: Transport score below which it stays exactly shut, in (0, 1]; measured when it was made.
-        metadata: Further strings from the file (training digest, date, …).
+        metadata: Further strings from the file (training digest, calibration, …).
     """
 
     concept: str
@@ -74,7 +73,6 @@ class Membrane:
     architecture: str
     factors: Mapping[str, Factor]
     surrogate: str = ""
-    floor: float = 1.0
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
@@ -82,8 +80,6 @@ class Membrane:
             raise FormatError(f"membrane {self.concept!r} holds no factors; expected one per site")
         if not self.targets or not all(self.targets):
             raise FormatError(f"membrane {self.concept!r} names no target; expected at least one")
-        if not 0 < self.floor <= 1:
-            raise FormatError(f"membrane {self.concept!r}: floor is {self.floor}; expected a number in (0, 1]")
 
     def parameter_count(self) -> int:
         """Number of values in all factors."""

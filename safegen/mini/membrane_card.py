@@ -9,6 +9,7 @@ from typing import TypedDict
 from safegen.bundle.store import MEMBRANE_FILE
 from safegen.membrane.file import read_with_digest
 from safegen.training.config import TrainConfig
+from safegen.transport.calibration import parse, section
 
 FIGURES_FILE = "figures.json"
 
@@ -53,7 +54,7 @@ def card_text(folder: Path) -> str:
         name=membrane.targets[0],
         concept=membrane.concept,
         targets=", ".join(membrane.targets),
-        floor=membrane.floor,
+        calibration=section(parse(membrane.metadata)).rstrip(),
         settings=membrane.metadata["safegen.training_digest"][:16],
         sha256=sha256,
         parameters=membrane.parameter_count(),
@@ -98,7 +99,7 @@ Measured by `python -m safegen.mini.measure_zoo --concept {concept} --images {im
 - Other things are neither shipped concepts nor neighbours of any of them.
 
 Under a policy the gate keeps it exactly shut for the last two groups, and their images come out bit for bit as without
-it (`benchmarks/end_to_end.py`). It opens from a score of {floor} (calibrated: no anchor caption reaches it).
+it (`benchmarks/end_to_end.py`).
 
 ## How it was made
 
@@ -106,4 +107,6 @@ it (`benchmarks/end_to_end.py`). It opens from a score of {floor} (calibrated: n
 ([reference](../../../docs/reference/training.md)):
 {iterations} iterations in {seconds:.0f} s on {threads}, rank {rank}, η = {eta}, λ = {anchoring}, anchors drawn by
 `{anchors}`. Settings digest `{settings}`. File sha256 `{sha256}`, {parameters:,} values.
+
+{calibration}
 """

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from safegen import mini
-from safegen.backend import backend_of
+from safegen.backend import Backend, backend_of
 from safegen.bundle.store import MEMBRANE_FILE
 from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Membrane
@@ -23,7 +23,9 @@ from safegen.mini.measure_zoo import IMAGES, measure, write_measured
 from safegen.mini.membrane_card import Figures
 from safegen.training.config import TrainConfig
 from safegen.training.recipe import Progress, Trainer
-from safegen.transport.calibrate import calibrated_floor
+from safegen.transport.calibrate import calibrate
+from safegen.transport.calibration import METADATA_KEY, Calibration, text_of
+from safegen.transport.phrasing import EVERYDAY, around
 
 console = Console()
 
@@ -36,7 +38,7 @@ def settings(concept: str, *, seed: int = 0) -> tuple[TrainConfig, tuple[str, ..
 
 
 def train(pipe: Any, concept: str, *, config: TrainConfig | None = None) -> tuple[Membrane, float]:
-    """Trains one membrane and calibrates its floor.
+    """Trains one membrane and calibrates it.
 
     Returns:
         The membrane and the seconds that training took.
@@ -54,7 +56,15 @@ def train(pipe: Any, concept: str, *, config: TrainConfig | None = None) -> tupl
 
         membrane = trainer.run(report)
     seconds = time.perf_counter() - started
-    return replace(membrane, floor=calibrated_floor(backend, membrane.targets, pool)), seconds
+    found = text_of(calibration(backend, membrane))
+    return replace(membrane, metadata={**membrane.metadata, METADATA_KEY: found}), seconds
+
+
+def calibration(backend: Backend, membrane: Membrane) -> tuple[Calibration, ...]:
+    """Measures a membrane's thresholds on the captions that it was trained with, and on everyday ones."""
+    plan = zoo.plan(membrane.concept)
+    positives = around(membrane.targets, [prompt for prompt, _ in plan.templates])
+    return calibrate(backend, membrane.targets, positives, [*plan.pool, *EVERYDAY])
 
 
 def make(

@@ -12,6 +12,7 @@ import rfc8785
 from safegen.errors import MembraneNotFoundError, PolicyConflictError, did_you_mean
 from safegen.policy.catalogue import Catalogue, Concept
 from safegen.policy.schema import Action, Audit, Category, Mode, OnMissing, OnUnknown, Policy, Rule, Severity, Transport
+from safegen.spans import changes, span
 from safegen.text import Match, PhraseMatcher, normalise
 
 _SHOWN = 5  # concept ids that a notice spells out
@@ -55,6 +56,7 @@ class ResolvedPolicy:
         version: Version of the policy.
         mode: enforce, observe or disabled.
         on_unknown: What to do with conditioning of unknown origin.
+        sentence_encoder: What the score `semantic` reads with: a folder, or a hub id with its commit.
         audit: The record's settings.
         rules: In document order, categories expanded.
         digest: SHA-256, hex, over the RFC 8785 form of all that decides (not of descriptions, owner or key order).
@@ -67,6 +69,7 @@ class ResolvedPolicy:
     version: str
     mode: Mode
     on_unknown: OnUnknown
+    sentence_encoder: str | None
     audit: Audit
     rules: tuple[ResolvedRule, ...]
     digest: str
@@ -88,6 +91,23 @@ class Hit:
     rule: str
     concept: str
     phrase: str
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedHit:
+    """A place where a prompt names a concept.
+
+    Attributes:
+        hit: Which rule, concept and phrase.
+        start: Offset of its first character in the prompt, in code points.
+        end: Offset after its last character.
+        changes: What had to be normalised to find it (`safegen.spans.CHANGES`).
+    """
+
+    hit: Hit
+    start: int
+    end: int
+    changes: tuple[str, ...]
 
 
 def resolve(
@@ -128,6 +148,7 @@ def resolve(
         version=policy.metadata.version,
         mode=policy.mode,
         on_unknown=policy.defaults.on_unknown,
+        sentence_encoder=policy.defaults.sentence_encoder,
         audit=policy.audit,
         rules=rules,
         digest=hashlib.sha256(rfc8785.dumps(_canonical(policy, rules))).hexdigest(),
@@ -147,17 +168,38 @@ def lexical_hits(resolved: ResolvedPolicy, prompt: str) -> tuple[Hit, ...]:
     Returns:
         One hit per rule and phrase, in rule order; phrases inside a benign phrase of the same concept do not count.
     """
+    return tuple(dict.fromkeys(hit for hit, _ in _counted(resolved, prompt)))
+
+
+def located_hits(resolved: ResolvedPolicy, prompt: str) -> tuple[LocatedHit, ...]:
+    """Returns every place where a prompt names a concept of a rule, in rule order, then in reading order.
+
+    Args:
+        resolved: The policy.
+        prompt: Any text.
+
+    Returns:
+        The hits with their places; a phrase that is found in both readings at one place comes once.
+    """
+    found: dict[tuple[Hit, tuple[int, int]], LocatedHit] = {}
+    for hit, match in _counted(resolved, prompt):
+        start, end = span(prompt, match)
+        found.setdefault((hit, (start, end)), LocatedHit(hit, start, end, changes(prompt, match)))
+    return tuple(found.values())
+
+
+def _counted(resolved: ResolvedPolicy, prompt: str) -> Iterator[tuple[Hit, Match]]:
+    """Yields what counts as naming a concept: matches that are not inside a benign phrase."""
     found: dict[str, list[Match]] = {}
     for match in resolved.matcher.find(prompt):
         found.setdefault(match.phrase, []).append(match)
-    hits: dict[Hit, None] = {}
     for index in sorted({index for phrase in found for index in resolved.owners.get(phrase, ())}):
         rule = resolved.rules[index]
         excused = [match for phrase in rule.concept.benign for match in found.get(phrase, ())]
         for phrase in rule.concept.phrases:
-            if any(not _inside(match, excused) for match in found.get(phrase, ())):
-                hits[Hit(rule.id, rule.concept.id, normalise(phrase))] = None
-    return tuple(hits)
+            for match in found.get(phrase, ()):
+                if not _inside(match, excused):
+                    yield Hit(rule.id, rule.concept.id, normalise(phrase)), match
 
 
 def _inside(match: Match, others: list[Match]) -> bool:
@@ -208,6 +250,7 @@ def _canonical(policy: Policy, rules: tuple[ResolvedRule, ...]) -> dict[str, Any
         "version": policy.metadata.version,
         "mode": policy.mode,
         "on_unknown": policy.defaults.on_unknown,
+        "sentence_encoder": policy.defaults.sentence_encoder,
         "audit": policy.audit.model_dump(mode="json"),
         "rules": [
             {

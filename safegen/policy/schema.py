@@ -7,7 +7,7 @@ it from a file, with positions in every message, is `safegen.policy.load`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import total_ordering
 from typing import Annotated, Any, Literal, Self, cast
@@ -23,6 +23,8 @@ Category = Literal["explicit", "artist-style", "ip-character", "object", "memori
 Action = Literal["erase", "refuse", "flag"]
 OnUnknown = Literal["open", "refuse"]
 OnMissing = Literal["refuse-prompts", "error", "flag"]
+ScoreName = Literal["direction", "lexical", "paper", "semantic", "always"]
+Guidance = Literal["both", "conditional"]
 
 
 def spelled(pattern: str, words: str) -> AfterValidator:
@@ -42,6 +44,8 @@ _ConceptName = Annotated[
     str, spelled(r"[a-z0-9]+(-[a-z0-9]+)*(/\*)?", "a concept id (like van-gogh) or a category (like artist-style/*)")
 ]
 _Version = Annotated[str, spelled(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?", "a semantic version (like 1.0.0)")]
+
+_Threshold = Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["calibrated"]
 
 _SWITCHES = {"on": "enforce", "yes": "enforce", "true": "enforce"} | dict.fromkeys(("off", "no", "false"), "disabled")
 
@@ -87,25 +91,38 @@ class Metadata(Strict):
 
 
 class Transport(Strict):
-    """How the score of a prompt becomes a permeability.
+    """How a prompt becomes a permeability.
 
     Attributes:
-        score: `paper`: the larger of CLIP cosine and token overlap (SPM, Eq. 10-11).
-        floor: Below this score, in (0, 1], the membrane stays exactly shut; `calibrated` takes the value stored in
-            the membrane file.
+        score: One or more of `direction` (what the prompt changes in the text encoding, compared with the concept),
+            `lexical` (a whole phrase of the concept in the text), `paper` (the larger of CLIP cosine and token overlap:
+            SPM, Eq. 10-11), `semantic` (cosine of sentence encodings) and `always`; the one that opens furthest counts.
+        lo: Score from which a membrane starts to open, in [-1, 1]; below it, it is exactly shut. `calibrated` takes
+            what the membrane file says for the pipeline's text encoder. `lexical` and `always` are 0 or 1.
+        hi: Score from which it is fully open, at least `lo`; between the two it opens in proportion.
+        least: Permeability for every prompt, whatever its scores, in [0, 1].
+        guidance: `conditional` opens the rows of the prompts; `both` opens the unconditional (or negative) row of each
+            prompt as far as the prompt's own, as SPM's released code does.
     """
 
-    score: Literal["paper"] = "paper"
-    floor: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["calibrated"] = "calibrated"
+    score: Annotated[tuple[ScoreName, ...], Field(min_length=1)] = ("direction", "lexical")
+    lo: _Threshold = "calibrated"
+    hi: _Threshold = "calibrated"
+    least: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+    guidance: Guidance = "conditional"
 
-    @field_validator("floor", mode="before")
+    @field_validator("score", mode="before")
     @classmethod
-    def _check_floor(cls, value: object) -> object:
+    def _check_score(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("lo", "hi", mode="before")
+    @classmethod
+    def _check_threshold(cls, value: object) -> object:
         # Checked before the union, which would report one fault per alternative.
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-        if number or value == "calibrated":
+        if _is_threshold(value) or value == "calibrated":
             return value
-        raise PydanticCustomError("floor", "expected a number above 0 and at most 1, or calibrated")
+        raise PydanticCustomError("threshold", "expected a number from -1 to 1, or calibrated")
 
 
 class Defaults(Strict):
@@ -116,11 +133,13 @@ class Defaults(Strict):
         on_missing: A rule erases a concept that has no membrane for the base family: refuse the prompts that name it,
             fail to apply the policy, or only record them.
         transport: Scores to permeabilities.
+        sentence_encoder: What the score `semantic` reads with: a model folder, or a hub id with its commit.
     """
 
     on_unknown: OnUnknown = "open"
     on_missing: OnMissing = "refuse-prompts"
     transport: Transport = Transport()
+    sentence_encoder: str | None = None
 
 
 class Rule(Strict):
@@ -155,10 +174,13 @@ class Audit(Strict):
     Attributes:
         text: Whether prompts are written to the log: not at all, or in full.
         on_failure: A record cannot be written: refuse the run, or go on degraded (not in mode enforce).
+        evidence: Whether the record of a prompt that opens a membrane says which of its tokens did it, as positions;
+            it takes one more pass of the text encoder for each token of such a prompt.
     """
 
     text: Literal["none", "full"] = "none"
     on_failure: Literal["refuse", "degrade"] = "refuse"
+    evidence: Literal["none", "opened"] = "none"
 
 
 class Policy(Strict):
@@ -197,7 +219,7 @@ class Policy(Strict):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        faults = consistency_faults(self.model_dump(mode="json"))
+        faults = consistency_faults(self.model_dump(mode="json", exclude_unset=True))
         if faults:
             raise PydanticCustomError(CONSISTENCY, "{text}", {"text": "; ".join(text for _, text in faults)})
         return self
@@ -210,9 +232,10 @@ def consistency_faults(document: Mapping[str, Any]) -> list[tuple[Loc, str]]:
         document: The document as plain values; parts with other faults are passed over.
 
     Returns:
-        Duplicate rule ids, concepts named by two rules, and a degradable audit in mode enforce.
+        Duplicate rule ids, concepts named by two rules, thresholds that do not go together, a score without its
+        encoder, and a degradable audit in mode enforce.
     """
-    faults: list[tuple[Loc, str]] = []
+    faults: list[tuple[Loc, str]] = [*_transport_faults(document)]
     rules: Any = document.get("rules")
     for key, message in (("id", "rule id {!r} is taken by rule {}"), ("concept", "concept {!r} has rule {} already")):
         seen: dict[str, int] = {}
@@ -230,3 +253,41 @@ def consistency_faults(document: Mapping[str, Any]) -> list[tuple[Loc, str]]:
             text = "degrade does not go with mode enforce: what is not recorded must not be drawn; use refuse"
             faults.append((("audit", "on_failure"), text))
     return faults
+
+
+def _transport_faults(document: Mapping[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Yields the faults of `defaults.transport`, and of each rule's once the defaults are filled in."""
+    defaults = _mapping(document, "defaults")
+    common = _mapping(defaults, "transport")
+    rules: Any = document.get("rules")
+    own = [
+        (("rules", index, "transport"), _mapping(cast("dict[str, Any]", rule), "transport"))
+        for index, rule in enumerate(cast("list[Any]", rules) if isinstance(rules, list) else [])
+        if isinstance(rule, dict)
+    ]
+    places: list[tuple[Loc, dict[str, Any]]] = [(("defaults", "transport"), common), *own]
+    for place, given in places:
+        if not given:
+            continue
+        chosen = common | given
+        lo, hi = chosen.get("lo", "calibrated"), chosen.get("hi", "calibrated")
+        numbers = [_is_threshold(value) for value in (lo, hi)]
+        if any(numbers) and "calibrated" in (lo, hi):
+            yield place, f"lo is {lo} and hi is {hi}: expected two numbers, or calibrated for both"
+        elif all(numbers) and lo > hi:
+            yield place, f"lo is {lo}, above hi, which is {hi}; expected lo not above hi"
+        score = chosen.get("score")
+        if isinstance(score, str | list | tuple) and "semantic" in score and not defaults.get("sentence_encoder"):
+            yield (
+                place,
+                "the score semantic needs defaults.sentence_encoder: a model folder, or a hub id with its commit",
+            )
+
+
+def _is_threshold(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= 1
+
+
+def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found: Any = document.get(key)
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}

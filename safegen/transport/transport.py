@@ -1,16 +1,22 @@
-"""The gate: permeability of every membrane for every row of conditioning."""
+"""The gate: scores and permeability of every membrane for every row of conditioning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from safegen.errors import UnsupportedBackendError
 from safegen.text import normalise
+from safegen.transport.curve import Curve, permeabilities
 from safegen.transport.encoding import TextReader
-from safegen.transport.scores import clip_cosine, shared_tokens, token_overlap
+from safegen.transport.scores import change, clip_cosine, direction, largest, lexical, token_overlap
+from safegen.transport.sentence import SentenceEncoder
+
+_BATCH = 64
+_DIGITS = 6  # as in the audit log, so that what is logged gives the permeability that is logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,119 +24,243 @@ class Target:
     """What one membrane's gate looks for.
 
     Attributes:
-        names: The names that the membrane was trained to erase; the paper's score is the largest over them.
-        floor: Score below which the membrane stays exactly shut, in (0, 1].
+        names: The names that the membrane was trained to erase; a graded score is the largest over them.
+        curves: The curve of each graded score that opens it.
+        lexical: Whether a whole phrase of the concept in the text opens it fully.
+        least: Permeability for every prompt, in [0, 1]; 1 is the score `always`.
     """
 
     names: tuple[str, ...]
-    floor: float
+    curves: Mapping[str, Curve]
+    lexical: bool = True
+    least: float = 0.0
 
 
-Phrases = Callable[[str], Sequence[Sequence[str]]]
-"""For a text, the whole phrases found in it, one list per target (aliases, other spellings and languages)."""
+Phrases = Callable[[str], Mapping[int, Sequence[str]]]
+"""For a text, the whole phrases found in it (aliases, other spellings and languages), by index of the target."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The parts of one membrane's score for one row, and what follows.
+    """The parts of one membrane's score for one row; None where a part was not computed or cannot be known.
 
     Attributes:
-        clipcos: Cosine of text encodings, in [-1, 1] (SPM s_cf); the largest over the target's names.
-        token: Token overlap, in [0, 1] (SPM s_ct); the largest over the target's names; None where the words are
-            unknown.
-        lexical: 1 where a whole phrase of the concept is in the text, else 0; None where the words are unknown.
-        permeability: γ, in [0, 1]; exactly 0 below the floor.
-        words: The words that did it: tokens shared with a name, and phrases found.
+        direction: Cosine of what prompt and concept change in the empty prompt's encoding, in [-1, 1].
+        clipcos: Cosine of flattened text encodings, in [-1, 1] (SPM s_cf).
+        token: Token overlap, in [0, 1] (SPM s_ct).
+        lexical: 1 where a whole phrase of the concept is in the text, else 0.
+        semantic: Cosine of sentence encodings, in [-1, 1].
+        permeability: γ, in [0, 1], before `on_unknown`.
+        words: The words that did it: phrases found, and for the score `paper` the tokens shared with a name.
         known: Whether the row's words are known.
     """
 
-    clipcos: float
+    direction: float | None
+    clipcos: float | None
     token: float | None
     lexical: float | None
+    semantic: float | None
     permeability: float
     words: tuple[str, ...]
     known: bool
 
+    @property
+    def paper(self) -> float | None:
+        """The published score, SPM Eq. 11: the larger of cosine and overlap."""
+        parts = [part for part in (self.clipcos, self.token) if part is not None]
+        return max(parts) if parts else None
 
-def curve(score: float, floor: float) -> float:
-    """Permeability of a score: the score itself as in SPM Eq. 11, but exactly 0 below the floor.
 
-    Args:
-        score: In [-1, 1].
-        floor: In (0, 1].
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a gate reads in some rows.
 
-    Returns:
-        In [0, 1].
+    Attributes:
+        graded: The graded scores that were computed, each [rows, targets].
+        parts: The parts of `paper`, `clipcos` and `token`, where it was computed, each [rows, targets].
+        lexical: 0 or 1, [rows, targets].
+        permeability: γ, [rows, targets].
+        phrases: For each row the phrases found, by target.
+        shared: For each row and target the tokens shared with a name, where `paper` was computed and opens it.
+        known: For each row, whether its words are known.
+        finite: For each row, whether all its values are finite; the scores of other rows mean nothing.
     """
-    return min(score, 1.0) if score >= floor else 0.0
+
+    graded: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor]
+    lexical: Tensor
+    permeability: Tensor
+    phrases: Sequence[Mapping[int, Sequence[str]]]
+    shared: Callable[[int, int], Sequence[str]]
+    known: Sequence[bool]
+    finite: Sequence[bool]
+
+    def score(self, row: int, target: int) -> Score:
+        """Returns the parts of one score."""
+        known, finite = self.known[row], self.finite[row]
+
+        def part(values: Mapping[str, Tensor], name: str, *, of_words: bool = False) -> float | None:
+            readable = finite and (known or not of_words)
+            return round(values[name][row, target].item(), _DIGITS) if name in values and readable else None
+
+        words = dict.fromkeys((*self.phrases[row].get(target, ()), *self.shared(row, target)))
+        return Score(
+            direction=part(self.graded, "direction"),
+            clipcos=part(self.parts, "clipcos"),
+            token=part(self.parts, "token", of_words=True),
+            lexical=self.lexical[row, target].item() if known else None,
+            semantic=part(self.graded, "semantic", of_words=True),
+            permeability=round(self.permeability[row, target].item(), _DIGITS),
+            words=tuple(words),
+            known=known,
+        )
 
 
 class Gate:
     """Reads rows of conditioning for a fixed list of targets."""
 
-    def __init__(self, reader: TextReader, targets: Sequence[Target], phrases: Phrases) -> None:
+    def __init__(
+        self,
+        reader: TextReader,
+        targets: Sequence[Target],
+        phrases: Phrases,
+        *,
+        sentence: SentenceEncoder | None = None,
+    ) -> None:
         """Encodes the targets' names.
 
         Args:
             reader: The host's text side.
             targets: One per membrane.
             phrases: Finds whole phrases in a text.
+            sentence: Sentence encoder for the score `semantic`.
+
+        Raises:
+            UnsupportedBackendError: The text encoder returns values that are no numbers.
         """
         self._reader = reader
         self._phrases = phrases
+        self._sentence = sentence
         self.targets = tuple(targets)
-        self._names = [(k, name) for k, target in enumerate(targets) for name in target.names]
-        ids = reader.tokenise([name for _, name in self._names]) if self._names else torch.empty(0, 1)
-        self._tokens = [frozenset(token for token, _ in reader.words(row)) for row in ids.tolist()]
-        self._states = reader.encode(ids).float().cpu() if self._names else torch.empty(0, 1, 1)
+        self._chosen = {score for target in targets for score in target.curves}
+        names = [name for target in targets for name in target.names]
+        self._owners = torch.tensor([k for k, target in enumerate(targets) for _ in target.names], dtype=torch.long)
+        ids = reader.tokenise(["", *names])
+        states = torch.cat([reader.encode(ids[k : k + _BATCH]).float().cpu() for k in range(0, len(ids), _BATCH)])
+        if not bool(torch.isfinite(states).all()):
+            raise UnsupportedBackendError(
+                "the text encoder returns NaN or infinity for the names of the concepts, so no prompt can be compared "
+                "with them; expected finite numbers: load the pipeline in another number format"
+            )
+        self._empty, self._states = states[0], states[1:]
+        self._changes = change(self._states, self._empty)
+        self._tokens = [frozenset(token for token, _ in reader.words(row)) for row in ids[1:].tolist()]
+        self._meanings = sentence.encode(names) if sentence is not None and names else None
 
-    def read(self, states: Tensor, ids: Sequence[Sequence[int] | None]) -> list[list[Score]]:
+    @property
+    def window(self) -> int:
+        """Tokens that the text encoder reads at once; longer conditioning is read in chunks of as many."""
+        return len(self._empty)
+
+    def read(self, states: Tensor, ids: Sequence[Sequence[int] | None], *, every: bool = False) -> Reading:
         """Scores rows of conditioning.
 
         Args:
-            states: [rows, tokens, width].
-            ids: Token ids of each row; None where its origin is unknown.
+            states: [rows, tokens, width]; of conditioning longer than the encoder's window each chunk is scored, and
+                the largest score counts.
+            ids: Token ids of each row (of its chunks one after the other); None where its origin is unknown.
+            every: Computes all graded scores, also those that open nothing.
 
         Returns:
-            One score per row and target. For a row of unknown origin `permeability` follows the cosine alone; what is
-            done with such a row is the policy's `on_unknown`.
+            The scores. For a row of unknown origin γ follows the graded scores alone; what is done with such a row is
+            the policy's `on_unknown`. A row with values that are no numbers gets γ 1 and must be refused.
         """
-        if not self.targets:
-            return [[] for _ in ids]
-        # A cosine that is not a number (broken conditioning) counts as full likeness: the gate fails open, never shut.
-        cosines = clip_cosine(states.cpu(), self._states).nan_to_num(nan=1.0).tolist()
-        return [self._row(cosine, row) for cosine, row in zip(cosines, ids, strict=True)]
+        finite = torch.isfinite(states.float().sum(dim=1)).all(dim=1).cpu()  # NaN and infinity survive a sum
+        sound = states if bool(finite.all()) else torch.where(finite.to(states.device)[:, None, None], states, 0)
+        texts = [self._texts(row) for row in ids]
+        wanted = {"direction", "paper", *({"semantic"} if self._sentence else ())} if every else self._chosen
+        graded: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
+        if "direction" in wanted:
+            graded["direction"] = self._over_chunks(sound, lambda part: direction(self._change(part), self._changes))
+        if "paper" in wanted:
+            parts = {"clipcos": self._over_chunks(sound, self._cosine), "token": self._overlap(ids, texts)}
+            graded["paper"] = torch.maximum(parts["clipcos"], parts["token"])
+        if "semantic" in wanted:
+            graded["semantic"] = self._semantic(texts)
+        phrases = [self._found(row) for row in texts]
+        hits = lexical([[k for k in found if self.targets[k].lexical] for found in phrases], len(self.targets))
+        gamma = self._permeability(graded, hits)
+        gamma[~finite] = 1.0
 
-    def _row(self, cosine: Sequence[float], ids: Sequence[int] | None) -> list[Score]:
-        best = [-1.0] * len(self.targets)
-        overlap = [0.0] * len(self.targets)
-        shared: list[tuple[str, ...]] = [()] * len(self.targets)
-        readings = self._reader.readings(ids) if ids is not None else ()
-        words = self._words(ids, readings) if ids is not None else ()
-        tokens = {token for token, _ in words}
-        for (k, _), value, wanted in zip(self._names, cosine, self._tokens, strict=True):
-            best[k] = max(best[k], value)
-            found = token_overlap(tokens, wanted)
-            if found > overlap[k]:
-                overlap[k], shared[k] = found, shared_tokens(words, wanted)
+        def shared(row: int, target: int) -> Sequence[str]:
+            return self._shared(ids[row], target) if "paper" in graded and gamma[row, target] > 0 else ()
+
+        known = [row is not None for row in ids]
+        return Reading(graded, parts, hits, gamma, phrases, shared, known, finite.tolist())
+
+    def _change(self, part: Tensor) -> Tensor:
+        return change(part, self._empty.to(part.device)).cpu()
+
+    def _cosine(self, part: Tensor) -> Tensor:
+        return clip_cosine(part.cpu(), self._states[:, : part.shape[1]])
+
+    def _over_chunks(self, states: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the largest score over the names of each target and over the chunks of each row, [rows, targets]."""
+        tokens, width = states.shape[1], self.window
+        starts = [*range(0, tokens - width, width), tokens - width] if tokens > width else [0]
+        chunks = [largest(score(states[:, k : k + width]), self._owners, len(self.targets)) for k in starts]
+        return _rounded(torch.stack(chunks).amax(dim=0))
+
+    def _permeability(self, graded: Mapping[str, Tensor], hits: Tensor) -> Tensor:
+        found = [permeabilities(scores, [t.curves.get(name) for t in self.targets]) for name, scores in graded.items()]
+        least = torch.tensor([target.least for target in self.targets]).expand(hits.shape)
+        return _rounded(torch.stack([hits, least, *found]).amax(dim=0))
+
+    def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
+        return [ids[k : k + self.window] for k in range(0, len(ids), self.window)]
+
+    def _texts(self, ids: Sequence[int] | None) -> tuple[str, ...]:
+        """Returns the texts that a row may stand for; none where its origin is unknown."""
         if ids is None:
-            return [
-                Score(value, None, None, curve(value, target.floor), (), known=False)
-                for value, target in zip(best, self.targets, strict=True)
-            ]
-        found_in = [self._phrases(text) for text in readings]
-        phrases = [[phrase for found in found_in for phrase in found[k]] for k in range(len(best))]
-        return [self._known(k, best[k], overlap[k], shared[k], phrases[k]) for k in range(len(best))]
+            return ()
+        readings = [self._reader.readings(chunk) for chunk in self._chunks(ids)]
+        return tuple(dict.fromkeys(" ".join(found[k] for found in readings) for k in (0, -1)))
 
-    def _words(self, ids: Sequence[int], readings: Sequence[str]) -> tuple[tuple[int, str], ...]:
-        """Returns a row's tokens, and those that it would have if it were spelled plainly."""
-        plain = dict.fromkeys(text for reading in readings if (text := normalise(reading)) != reading)
-        rows = self._reader.tokenise(list(plain)).tolist() if plain else []
-        return tuple(word for row in (ids, *rows) for word in self._reader.words(row))
+    def _found(self, texts: Sequence[str]) -> Mapping[int, Sequence[str]]:
+        found: dict[int, Sequence[str]] = {}
+        for text in texts:
+            for target, phrases in self._phrases(text).items():
+                found[target] = tuple(dict.fromkeys((*found.get(target, ()), *phrases)))
+        return found
 
-    def _known(self, k: int, cosine: float, overlap: float, shared: Sequence[str], phrases: Sequence[str]) -> Score:
-        floor = self.targets[k].floor
-        lexical = 1.0 if phrases else 0.0
-        gamma = curve(max(cosine, overlap, lexical), floor)
-        words = tuple(dict.fromkeys((*(shared if overlap >= floor else ()), *phrases)))
-        return Score(cosine, overlap, lexical, gamma, words, known=True)
+    def _overlap(self, ids: Sequence[Sequence[int] | None], texts: Sequence[Sequence[str]]) -> Tensor:
+        """Returns the overlap of each row's tokens, and of those that it would have if it were spelled plainly."""
+        held: list[set[int]] = []
+        for row, readings in zip(ids, texts, strict=True):
+            plain = dict.fromkeys(text for reading in readings if (text := normalise(reading)) != reading)
+            rows = [*self._chunks(row or ()), *(self._reader.tokenise(list(plain)).tolist() if plain else [])]
+            held.append({token for one in rows for token, _ in self._reader.words(one)})
+        return _rounded(largest(token_overlap(held, self._tokens), self._owners, len(self.targets)))
+
+    def _shared(self, ids: Sequence[int] | None, target: int) -> Sequence[str]:
+        names = [k for k, owner in enumerate(self._owners.tolist()) if owner == target]
+        wanted = frozenset[int]().union(*(self._tokens[k] for k in names))
+        return [
+            text for chunk in self._chunks(ids or ()) for token, text in self._reader.words(chunk) if token in wanted
+        ]
+
+    def _semantic(self, texts: Sequence[Sequence[str]]) -> Tensor:
+        """Returns the cosine of sentence encodings; -1 where the words are unknown."""
+        assert self._sentence is not None
+        assert self._meanings is not None
+        found = torch.full((len(texts), len(self.targets)), -1.0)
+        known = [k for k, readings in enumerate(texts) if readings]
+        if known:
+            vectors = self._sentence.encode([texts[k][0] for k in known])
+            found[known] = largest(vectors @ self._meanings.T, self._owners, len(self.targets))
+        return _rounded(found)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    return (values.double() * 10**_DIGITS).round().div(10**_DIGITS)

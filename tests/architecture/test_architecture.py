@@ -22,21 +22,24 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "resources": {"errors"},
     "text": {"errors"},
+    "spans": {"text"},
     "prompts": {"errors"},
-    "policy": {"errors", "resources", "text"},
+    "policy": {"errors", "resources", "spans", "text"},
     "bundle": {"errors", "resources"},
     "audit": {"errors", "_version"},
     "transport": {"errors", "text"},
-    "membrane": {"errors"},
+    "membrane": {"errors", "transport"},
     "backend": {"errors", "transport", "membrane"},
-    "gatekeeper": {"backend", "transport", "membrane", "policy"},
-    "record": {"errors", "audit", "backend", "policy", "gatekeeper"},
+    "decision": {"errors", "backend", "transport", "membrane", "policy"},
+    "gatekeeper": {"backend", "decision", "transport", "policy"},
+    "explain": {"decision", "gatekeeper", "transport"},
+    "record": {"errors", "audit", "backend", "decision", "policy", "gatekeeper"},
     "run": {"errors", "backend", "gatekeeper", "record"},
-    "guard": {"audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "record", "run"},
+    "guard": {"errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "record", "run"},
     "training": {"errors", "backend", "membrane"},
 }
 ABOVE = {"evaluation", "mini", "cli", "serving", "integrations", "__main__", "__init__"}  # nobody below imports them
-WITHOUT_TORCH = {"errors", "_version", "resources", "text", "prompts", "policy", "bundle", "audit"}
+WITHOUT_TORCH = {"errors", "_version", "resources", "spans", "text", "prompts", "policy", "bundle", "audit"}
 # `load_pipeline("mini")` loads the embedded model where a host would be loaded; only when asked for.
 EXCEPTIONS = {("backend/loading.py", "mini")}
 

@@ -35,10 +35,14 @@ def test_json_says_who_decided_what(run: Run, world: World) -> None:
         (4, 6, "a photo of a mouse", "allow", None, []),
     ]
     ghost = found["prompts"][0]["membranes"][0]
-    assert (ghost["opened"], ghost["permeability"], ghost["token"], ghost["words"]) == (True, 1.0, 1.0, ["ghost"])
     assert (ghost["action"], ghost["similar_to"]) == ("erase", None)
     assert found["prompts"][3]["membranes"][0]["action"] == "allow"
     assert [hit["action"] for hit in found["prompts"][1]["hits"]] == ["erase", "flag"]
+    assert (ghost["opened"], ghost["permeability"], ghost["lexical"], ghost["words"]) == (True, 1.0, 1.0, ["ghost"])
+    assert ghost["triggers"] == [
+        {"start": 2, "end": 7, "text": "ghost", "by": "lexical", "weight": 1.0, "normalised": []}
+    ]
+    assert ghost["thresholds"] == {"direction": {"lo": 0.99, "hi": 1.0}}
     assert found["summary"] == {
         "prompts": 5,
         "touching": 3,
@@ -58,7 +62,8 @@ def test_table_has_the_numbers_of_the_json(run: Run, world: World) -> None:
     for prompt in found["prompts"][:2]:
         (line,) = [line for line in lines if re.match(rf" +{prompt['line']} +{prompt['prompt']} ", line)]
         (membrane,) = [m for m in prompt["membranes"] if m["opened"]]
-        numbers = [membrane[key] for key in ("permeability", "clipcos", "token", "lexical")]
+        limits = membrane["thresholds"]["direction"]
+        numbers = [membrane["permeability"], membrane["direction"], limits["lo"], membrane["lexical"]]
         assert re.findall(r"\d\.\d{3}", line) == [f"{number:.3f}" for number in numbers]
         for word in (prompt["outcome"], prompt["rule"], *membrane["words"]):
             assert word in line
@@ -66,6 +71,14 @@ def test_table_has_the_numbers_of_the_json(run: Run, world: World) -> None:
     for rule in found["summary"]["rules"]:
         pattern = rf"{rule['id']} +{rule['severity']} +{rule['action']} +{rule['prompts']}"
         assert any(re.fullmatch(pattern, line.strip()) for line in lines)
+
+
+def test_explaining_finds_the_tokens(run: Run, world: World) -> None:
+    plain, explained = (audited(run, world, *args) for args in ([], ["--explain"]))
+    kinds = [[t["by"] for t in p["prompts"][1]["membranes"][0]["triggers"]] for p in (plain, explained)]
+    assert kinds[0] == ["lexical"]
+    assert kinds[1][0] == "lexical"
+    assert set(kinds[1][1:]) == {"evidence"}
 
 
 def test_prompts_that_touch_nothing_are_listed_on_request(run: Run, world: World) -> None:
@@ -129,7 +142,7 @@ def test_a_long_file_is_one_table_and_one_object(run: Run, world: World, tmp_pat
     assert [row["prompt"] for row in found["prompts"]] == prompts
     assert [row["index"] for row in found["prompts"]] == list(range(count))
     lines = run("audit", "--prompts", path, world.host).stdout.splitlines()
-    assert sum("clipcos" in line for line in lines) == 1
+    assert sum("lexical" in line for line in lines) == 1
     touched = [line for line in lines if "a ghost" in line]
     assert [int(line.split()[0]) for line in touched] == [2, audit.BATCH + 2, 2 * audit.BATCH + 2]
     assert len({line.index("a ghost") for line in touched}) == 1

@@ -62,7 +62,7 @@ def test_demo(
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     for pattern in (
-        r"a ghost +ghost +1\.000 +\d\.\d{3} +1\.000 +1\.000 +erase +ghost +ghost -> cloud +changed",
+        r"a ghost +ghost +1\.000 +\d\.\d{3} +0\.990 +1\.000 +erase +ghost +ghost -> cloud +changed",
         r"the ghost of a fox +ghost +1\.000 .* erase +ghost +fox, ink -> clay +changed",
         r"the van +ghost +0\.000 .* allow +van +bit-identical",
         r"a fox +ghost +0\.000 .* flag +fox +bit-identical",

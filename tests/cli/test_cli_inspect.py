@@ -33,7 +33,7 @@ def test_facts_and_norms(run: Run, world: World) -> None:
     found = json.loads(run("inspect", world.ghost, "--json").stdout)
     membrane = read_membrane(world.ghost)
     assert found["concept"] == "ghost"
-    assert (found["targets"], found["base"], found["floor"]) == (["ghost"], world.family, 0.99)
+    assert (found["targets"], found["base"], len(found["calibration"])) == (["ghost"], world.family, 2)
     assert (found["architecture"], found["sha256"]) == (membrane.architecture, file_digest(world.ghost))
     assert (found["parameters"], found["bytes"]) == (membrane.parameter_count(), world.ghost.stat().st_size)
     assert found["site_count"] == len(membrane.factors) == len(found["sites"])

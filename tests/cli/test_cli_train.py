@@ -18,6 +18,7 @@ from safegen.membrane.file import read_membrane
 from safegen.membrane.weights import Membrane
 from safegen.mini import zoo
 from safegen.training.recipe import Progress, Trainer
+from safegen.transport.calibration import parse
 
 QUICK = ["--iterations", "2", "--seed", "5", "--rank", "2", "--anchors", "paper", "--surrogate", "a mouse"]
 
@@ -44,10 +45,12 @@ def test_training_writes_a_membrane_that_the_other_commands_take(
     settings = json.loads(membrane.metadata["safegen.training"])
     assert (membrane.concept, membrane.targets, membrane.surrogate) == ("fox", ("fox",), "a mouse")
     assert (settings["iterations"], settings["seed"], settings["rank"], settings["anchors"]) == (2, 5, 2, "paper")
-    assert 0.6 <= membrane.floor <= 1
+    measured = {one.score: one for one in parse(membrane.metadata)}
+    assert set(measured) == {"direction", "paper"}
+    assert measured["direction"].negatives > 4
     card = path.with_name("card.md").read_text("utf-8")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    for part in (sha256, membrane.metadata["safegen.training_digest"], f"| floor | {membrane.floor} |", "| seed | 5 |"):
+    for part in (sha256, membrane.metadata["safegen.training_digest"], "## Calibration", "| seed | 5 |"):
         assert part in card
     assert "No figures were measured by this command" in card
     assert sorted(p.name for p in path.parent.iterdir()) == ["card.md", MEMBRANE_FILE]
@@ -66,15 +69,15 @@ def test_training_writes_a_membrane_that_the_other_commands_take(
 def test_what_was_trained_is_kept_when_a_later_step_fails(
     run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> float:
+    def interrupted(*_: object, **__: object) -> None:
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr("safegen.transport.calibrate.calibrated_floor", interrupted)
+    monkeypatch.setattr("safegen.transport.calibrate.calibrate", interrupted)
     args = ["--concept", "fox", "--model", world.pipeline, "--pool", str(pool), "--out", str(tmp_path / "out"), *QUICK]
     result = run("train", args)
     assert result.exit_code == 5
     assert "unexpected MemoryError: no memory left" in complaint(result)
-    assert read_membrane(tmp_path / "out" / world.family / "fox" / MEMBRANE_FILE).floor == 1.0
+    assert parse(read_membrane(tmp_path / "out" / world.family / "fox" / MEMBRANE_FILE).metadata) == ()
 
 
 def test_what_was_trained_is_kept_when_it_cannot_be_written_where_it_belongs(

@@ -35,7 +35,7 @@ def pair(
 
 def membrane(concept: str = "ghost", **factors: Factor) -> Membrane:
     keyed = {f"lora_unet_{name}": factor for name, factor in factors.items()}
-    return Membrane(concept, (concept,), "tiny", "ab", keyed, floor=0.9)
+    return Membrane(concept, (concept,), "tiny", "ab", keyed)
 
 
 def steps(found: Membrane) -> list[dict[str, object]]:
@@ -81,10 +81,10 @@ def test_equal_scales_are_added_without_rounding(dtype: torch.dtype) -> None:
 
 def test_a_sum_opens_wherever_a_part_did() -> None:
     one = replace(membrane("ghost", a=pair(0)), targets=("ghost", "spook"), surrogate="a sheet")
-    two = replace(membrane("robot", a=pair(1)), targets=("robot", "spook"), metadata={"note": "second"}, floor=0.7)
+    two = replace(membrane("robot", a=pair(1)), targets=("robot", "spook"), metadata={"note": "second"})
     found = add([one, two], concept="both")
     assert (found.concept, found.targets) == ("both", ("ghost", "spook", "robot"))
-    assert (found.floor, found.base, found.architecture, found.surrogate) == (0.7, "tiny", "ab", "")
+    assert (found.base, found.architecture, found.surrogate) == ("tiny", "ab", "")
     assert steps(found) == [
         {
             "op": "add",

@@ -51,7 +51,6 @@ def membranes(draw: st.DrawFn) -> Membrane:
         architecture=draw(NAMES),
         factors={key: draw(factors()) for key in keys},
         surrogate=draw(NAMES),
-        floor=draw(st.floats(0, 1, exclude_min=True)),
         metadata={k: v for k, v in metadata.items() if not k.startswith("safegen.")} | {"safegen.training": "{}"},
     )
 
@@ -63,7 +62,7 @@ def test_reading_undoes_writing(membrane: Membrane, dtype: torch.dtype, tmp_path
     digest = write_membrane(membrane, path, dtype=dtype)
     found, of_what_was_read = read_with_digest(path)
     assert digest == of_what_was_read == file_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-    for name in ("concept", "targets", "base", "architecture", "surrogate", "floor", "metadata"):
+    for name in ("concept", "targets", "base", "architecture", "surrogate", "metadata"):
         assert getattr(found, name) == getattr(membrane, name), name
     assert found.factors.keys() == membrane.factors.keys()
     for key, pair in membrane.factors.items():
@@ -109,12 +108,11 @@ def test_a_file_of_the_reference_code_is_read(tmp_path: Path) -> None:
     path = kohya(tmp_path / "m.safetensors", {"prompts": "Snoopy, the dog", "rank": "2"}, alpha=torch.tensor([1.0]))
     found = read_membrane(path)
     # Its comma list cannot be told from a name with a comma (spm-paper.md, B5), so it stays one name.
-    assert (found.concept, found.targets, found.base, found.architecture, found.floor) == (
+    assert (found.concept, found.targets, found.base, found.architecture) == (
         "Snoopy, the dog",
         ("Snoopy, the dog",),
         "",
         "",
-        1.0,
     )
     assert found.factors["lora_unet_a"].scale == 0.5
 
@@ -135,10 +133,6 @@ def test_without_alpha_the_scale_is_1(tmp_path: Path) -> None:
         ({"safegen.concept": "x", "safegen.targets": '["ghost", 1]'}, "list of names"),
         ({"safegen.concept": "x", "safegen.targets": "[]"}, "names no target"),
         ({"safegen.concept": "x", "safegen.targets": '[""]'}, "names no target"),
-        ({"prompts": "x", "safegen.floor": "0"}, "floor"),
-        ({"prompts": "x", "safegen.floor": "nan"}, "floor"),
-        ({"prompts": "x", "safegen.floor": "1.5"}, "floor"),
-        ({"prompts": "x", "safegen.floor": "low"}, "metadata"),
     ],
 )
 def test_metadata_that_would_change_what_opens_is_refused(

@@ -296,14 +296,13 @@ def membranes(draw: st.DrawFn) -> tuple[Membrane, dict[str, str]]:
         architecture=draw(TEXT),
         factors=factors,
         surrogate=draw(TEXT),
-        floor=draw(st.floats(0, 1, exclude_min=True)),
         metadata=draw(st.dictionaries(STATED, TEXT, max_size=4)),
     )
     return membrane, {file_key(name): name for name in names}
 
 
 def equal(found: Membrane, wanted: Membrane) -> bool:
-    names = ("concept", "targets", "base", "architecture", "surrogate", "floor", "metadata")
+    names = ("concept", "targets", "base", "architecture", "surrogate", "metadata")
     return same(found.factors, wanted.factors) and all(getattr(found, n) == getattr(wanted, n) for n in names)
 
 

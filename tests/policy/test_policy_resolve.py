@@ -21,7 +21,7 @@ CONCEPTS = (
 )
 CATALOGUE = Catalogue({c.id: c for c in CONCEPTS}, frozenset({"van-gogh", "monet", "nudity"}))
 RULES = """
-  - {id: art, concept: artist-style/*, category: artist-style, transport: {floor: 0.4}}
+  - {id: art, concept: artist-style/*, category: artist-style, transport: {lo: 0.4, hi: 1}}
   - {id: nudity, concept: nudity, category: explicit, severity: critical, strength: 2}
 """
 
@@ -47,8 +47,8 @@ def test_a_category_becomes_one_rule_per_world_concept(tmp_path: Path) -> None:
     }
     art, _, nudity = resolved.rules
     assert art.concept.phrases == ("Van Gogh", "梵高")
-    assert (art.transport.score, art.transport.floor) == ("paper", 0.4)
-    assert (nudity.transport.floor, nudity.strength, nudity.severity.value) == ("calibrated", 2.0, "critical")
+    assert (art.transport.score, art.transport.lo, art.transport.hi) == (("direction", "lexical"), 0.4, 1)
+    assert (nudity.transport.lo, nudity.strength, nudity.severity.value) == ("calibrated", 2.0, "critical")
 
 
 def test_a_rule_takes_its_concept_out_of_the_category(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_notices(tmp_path: Path) -> None:
 def test_digest_depends_on_content_only(tmp_path: Path) -> None:
     reordered = """
   # a comment
-  - transport: {floor: 4.0e-1}
+  - transport: {hi: 1.0, lo: 4.0e-1}
     category: artist-style
     concept: artist-style/*
     description: for people
@@ -119,6 +119,8 @@ def test_digest_depends_on_content_only(tmp_path: Path) -> None:
         resolve(policy(tmp_path, RULES.replace("strength: 2", "strength: 1")), CATALOGUE, available={"nudity"}),
         resolve(policy(tmp_path, extra="mode: observe"), CATALOGUE, available={"nudity"}),
         resolve(policy(tmp_path, extra="defaults: {on_unknown: refuse}"), CATALOGUE, available={"nudity"}),
+        resolve(policy(tmp_path, extra="defaults: {transport: {guidance: both}}"), CATALOGUE, available={"nudity"}),
+        resolve(policy(tmp_path, extra="audit: {evidence: opened}"), CATALOGUE, available={"nudity"}),
         resolve(policy(tmp_path, extra="audit: {text: full}"), CATALOGUE, available={"nudity"}),
         resolve(policy(tmp_path), CATALOGUE, available=()),
     ]

@@ -24,9 +24,23 @@ def test_defaults() -> None:
     rule = policy.rules[0]
     assert policy.mode == "enforce"
     assert (policy.defaults.on_unknown, policy.defaults.on_missing) == ("open", "refuse-prompts")
-    assert (policy.defaults.transport.score, policy.defaults.transport.floor) == ("paper", "calibrated")
-    assert (policy.audit.text, policy.audit.on_failure) == ("none", "refuse")
+    transport = policy.defaults.transport
+    assert transport.score == ("direction", "lexical")
+    assert (transport.lo, transport.hi, transport.least, transport.guidance) == (
+        "calibrated",
+        "calibrated",
+        0.0,
+        "conditional",
+    )
+    assert (policy.audit.text, policy.audit.on_failure, policy.audit.evidence) == ("none", "refuse", "none")
     assert (rule.action, rule.strength, rule.severity, rule.transport) == ("erase", 1.0, Severity.HIGH, None)
+
+
+def test_one_score_may_be_written_without_a_list() -> None:
+    policy = Policy.model_validate(document(defaults={"transport": {"score": "paper"}}))
+    assert policy.defaults.transport.score == ("paper",)
+    again = Policy.model_validate(policy.model_dump(mode="json"))
+    assert again == policy
 
 
 def test_severities_are_ordered() -> None:
@@ -47,6 +61,7 @@ def test_policies_are_frozen() -> None:
     ("changes", "message"),
     [
         ({"audit": {"on_failure": "degrade"}}, "degrade does not go with mode enforce"),
+        ({"defaults": {"transport": {"lo": 0.5, "hi": 0.4}}}, "lo is 0.5, above hi, which is 0.4"),
         ({"rules": document()["rules"] * 2}, "rule id 'a' is taken by rule 1; concept 'nudity' has rule 1 already"),
     ],
 )

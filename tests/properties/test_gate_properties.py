@@ -71,8 +71,9 @@ def test_a_decision_depends_on_its_own_prompt_only(prompts: list[str], guard: Gu
 @settings(max_examples=40, deadline=None)
 def test_membranes_open_for_the_names_in_the_prompt_and_no_others(prompt: str, guard: Guard) -> None:
     words = prompt.split()
+    van_gogh = ("van", "gogh") in zip(words, words[1:], strict=False)
     (decision,) = guard.decide([prompt])
-    named = ["ghost" in words, {"van", "gogh"} <= set(words), "fox" in words]
+    named = ["ghost" in words, van_gogh, "fox" in words]
     assert gammas(decision) == [1.0 if name else 0.0 for name in named]
     wanted = "refuse" if "robot" in words else "erase" if any(named) else "flag" if "mouse" in words else "allow"
     assert decision.outcome == wanted

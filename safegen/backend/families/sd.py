@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import CLIPTextModel
 from safegen.backend.base import Call
 from safegen.backend.sites import Sites, find_sites
 from safegen.errors import UnsupportedBackendError
+from safegen.transport.encoding import Token, weights_digest
 
 _SPACE_BESIDE_A_MARK = re.compile(r"(?<![^\W\d_]) | (?![^\W\d_])")
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae")
@@ -40,6 +42,9 @@ class StableDiffusion:
         # threads, and the pipeline changes them in every run.
         self._tokenizer: Any = copy.deepcopy(pipe.tokenizer)
         self.tokenise([""])
+        self._whole: Any = copy.deepcopy(pipe.tokenizer)  # and one that never cuts
+        self._fingerprint: str | None = None
+        self._spelled: dict[int, str] = {}  # the text of tokens that were decoded alone
         self.vocabulary = self._base_vocabulary()
         self.parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in _PARTS}
         self.sites: Sites = find_sites(pipe.unet, Transformer2DModel)
@@ -84,9 +89,29 @@ class StableDiffusion:
             row = row[1:]
         return row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
 
+    def tokens(self, text: str) -> tuple[Token, ...]:
+        """See `TextReader`."""
+        found = self._whole(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return tuple(Token(token, start, end) for token, (start, end) in places)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `TextReader`; as it was when first asked for."""
+        if self._fingerprint is None:
+            vocabulary = repr(sorted(self._tokenizer.get_vocab().items()))
+            digest = hashlib.sha256(vocabulary.encode()).hexdigest()
+            self._fingerprint = weights_digest(self.text_encoder, digest)
+        return self._fingerprint
+
     def words(self, ids: Sequence[int]) -> tuple[tuple[int, str], ...]:
         """See `Backend`."""
-        return tuple((i, self._decoded([i])) for i in self._real(ids))
+        return tuple((i, self._word(i)) for i in self._real(ids))
+
+    def _word(self, token: int) -> str:
+        if token not in self._spelled:
+            self._spelled[token] = self._decoded([token])
+        return self._spelled[token]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """See `Backend`."""
