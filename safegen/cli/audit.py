@@ -22,6 +22,7 @@ from safegen.cli.describe import (
     policy_values,
 )
 from safegen.cli.render import Column, Line, Sheet, json_text, progress, say, show, warn, write
+from safegen.cli.unused import warn_of_unused
 from safegen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def _audit(
     backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes)
     for notice in resolved.notices:
         warn(notice)
+    warn_of_unused(membranes, resolved, backend.family)
     summary = Summary(resolved)
     decided = _decided(rows, gatekeeper, summary)
     if as_json:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "gatekeeper": {"backend", "transport", "membrane", "policy"},
     "record": {"errors", "audit", "backend", "policy", "gatekeeper"},
     "run": {"errors", "backend", "gatekeeper", "record"},
-    "guard": {"audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "record", "run"},
+    "guard": {"errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "record", "run"},
     "training": {"errors", "backend", "membrane"},
 }
 ABOVE = {"evaluation", "mini", "cli", "serving", "integrations", "__main__", "__init__"}  # nobody below imports them
