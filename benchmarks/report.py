@@ -2,8 +2,8 @@
 
     python benchmarks/report.py
 
-Each result is what a benchmark prints with `--json`: `benchmark`, `command`, `model`, `peer`, `images_per_figure`,
-`threads`, `results` (by name: a number, or shares before and after) and `floors`.
+Each result is what a benchmark prints with `--json`: facts (`benchmark`, `command`, `model`, …), `floors`, and
+`results` or `peers` (by name: a number, or shares before and after).
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def number(value: float) -> str:
 def floors_table(floors: Sequence[Mapping[str, Any]]) -> str:
     """Returns the table of what was demanded, with what was found."""
     rows = [
-        [f["name"], number(f["value"]), f"{f['bound']} {number(f['floor'])}", "holds" if f["holds"] else "**MISSED**"]
+        [
+            f["name"],
+            number(f["value"]),
+            f"{f.get('bound', '')} {number(f['floor'])}",
+            "holds" if f["holds"] else "**MISSED**",
+        ]
         for f in floors
     ]
     return table(("what", "measured", "floor", ""), rows)
@@ -52,27 +57,19 @@ def results_table(results: Mapping[str, Any]) -> str:
             rows.append([name, f"{value['before']:.1%}", f"{value['after']:.1%}"])
         else:
             rows.append([name, number(value), ""])
-    return table(("what", "before", "after"), rows)
+    return table(("figure", "before", "after"), rows)
 
 
 def section(report: Mapping[str, Any]) -> str:
-    """Returns the section of one benchmark."""
+    """Returns the section of one benchmark: its facts, what was demanded, what was found."""
     missed = sum(not floor["holds"] for floor in report["floors"])
-    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
     verdict = f"{missed} of {len(report['floors'])} floors are missed" if missed else "Every floor holds"
-    return f"""## {report["benchmark"]}
-
-`{report["command"]}`, model {report["model"]}, beside {report["peer"]}.
-{report["images_per_figure"]} images per figure, {threads}. {verdict}.
-
-### Floors
-
-{floors_table(report["floors"])}
-
-### Figures
-
-{results_table(report["results"])}
-"""
+    facts = [
+        f"{key.replace('_', ' ')} {value}" for key, value in report.items() if isinstance(value, str | int | float)
+    ]
+    parts = [f"## {report['benchmark']}", f"**{verdict}.** {'; '.join(facts[1:])}.", floors_table(report["floors"])]
+    parts += [results_table(report[key]) for key in ("results", "peers") if key in report]
+    return "\n\n".join(parts) + "\n"
 
 
 def page(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -82,8 +79,9 @@ def page(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_reports() -> list[dict[str, Any]]:
-    """Returns the committed results, by file name."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    """Returns the committed results, by file name; a benchmark that does not name itself is called by its file."""
+    paths = sorted(RESULTS.glob("*.json"))
+    return [{"benchmark": path.stem} | json.loads(path.read_text("utf-8")) for path in paths]
 
 
 def _change(figures: Figures, group: str) -> str:

@@ -15,13 +15,14 @@ import codecs
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-from safegen.errors import PromptsFileError, did_you_mean
+from safegen.errors import PromptsFileError
 
 MAX_LINE_BYTES = 64 * 1024
 TEXT_FIELDS = ("prompt", "text", "caption")
@@ -211,14 +212,12 @@ class _Reader:
             self._fail(f"expected text as {name!r}, found NUL or half of a surrogate pair", "correct the escape", line)
         return value
 
-    def _fail_name(self, kind: str, found: Iterable[str]) -> NoReturn:
+    def _fail_name(self, kind: str, found: Collection[str]) -> NoReturn:
         names = ", ".join(repr(name) for name in found)
         shown = (names if len(names) <= 200 else names[:200] + "…") or "none"
-        hint = did_you_mean("prompt", found).partition(" Known:")[0]
-        self._fail(
-            f"expected a {kind} 'prompt', 'text' or 'caption', found {shown}",
-            f"rename the {kind} of the prompts.{hint}",
-        )
+        close = (match for field in TEXT_FIELDS for match in get_close_matches(field, found, n=1))
+        advice = next((f"rename {kind} {name!r} to 'prompt'" for name in close), f"rename the {kind} of the prompts")
+        self._fail(f"expected a {kind} 'prompt', 'text' or 'caption', found {shown}", advice)
 
     def _fail(self, what: str, advice: str, line: int | None = None) -> NoReturn:
         raise PromptsFileError(f"{self._name}:{line or self._line}: {what}; {advice}")

@@ -43,6 +43,15 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
 
 
+def test_every_decision_is_listed() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text("utf-8")
+    pages = [page for page in folder.glob("*.md") if page.name != "README.md"]
+    assert [
+        page.name for page in pages if f"]({page.name}) {page.read_text('utf-8')[7:].splitlines()[0]}" not in index
+    ] == []
+
+
 def test_every_training_setting_is_in_the_reference() -> None:
     from safegen.training.config import TrainConfig
 

@@ -8,9 +8,15 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
+from contextlib import suppress
+from email import message_from_bytes
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +49,36 @@ socket.socket.connect = refuse
 """
 
 
+ONLY_DECLARED = """
+import sys
+from importlib.machinery import PathFinder
+
+class Declared(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Declared
+"""
+
+
+def undeclared(wheel: Path) -> set[str]:
+    """Names of the modules in this environment that no dependency of the wheel brings, directly or indirectly."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        wanted = message_from_bytes(archive.read(name)).get_all("Requires-Dist") or []
+    declared: set[str] = set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in declared and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            declared.add(name)
+            with suppress(PackageNotFoundError):  # optional parts of torch, such as CUDA's
+                wanted += requires(name) or []
+    found = packages_distributions()
+    return {module for module, names in found.items() if not {canonicalize_name(n) for n in names} & declared}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new venv that holds the built wheel; dependencies come from the environment that runs the tests."""
@@ -59,8 +95,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A path from a .pth file is searched after this venv's own packages, and its .pth files (the editable install of
     # the checkout) are not read: safegen can come from the wheel only.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (site / "sitecustomize.py").write_text(NO_NETWORK)
+    names = undeclared(wheel) - {"safegen"}
+    assert {"peft", "accelerate", "pytest", "hypothesis", "resvg_py"} <= names  # what only extras bring
+    (site / "sitecustomize.py").write_text(NO_NETWORK + ONLY_DECLARED.format(names=names))
     return python
+
+
+def test_what_only_extras_bring_is_out_of_reach(installed: Path) -> None:
+    done = subprocess.run([installed, "-c", "import peft"], capture_output=True, text=True, check=False)
+    assert "No module named 'peft'" in done.stderr
 
 
 def test_main_job_runs_from_the_wheel_offline(installed: Path, tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ class MembraneStore:
         """Returns the membrane file of every concept that has one for a base family, by concept id."""
         found: dict[str, Path] = {}
         for root in reversed(self._roots):
-            for path in sorted((root / family).glob(f"*/{MEMBRANE_FILE}")):
-                found[path.parent.name] = path
+            found |= {concept: root / family / concept / MEMBRANE_FILE for concept in concepts_in(root, family)}
         return found
+
+
+def concepts_in(root: Path, family: str) -> tuple[str, ...]:
+    """Returns the ids of the concepts that have a membrane for a base family in one folder, sorted."""
+    return tuple(sorted(path.parent.name for path in (root / family).glob(f"*/{MEMBRANE_FILE}")))

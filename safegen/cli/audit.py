@@ -22,6 +22,7 @@ from safegen.cli.describe import (
     policy_values,
 )
 from safegen.cli.render import Column, Line, Sheet, json_text, progress, say, show, warn, write
+from safegen.cli.unused import warn_of_unused
 from safegen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def _audit(
     notices = (*resolved.notices, *gatekeeper.notices)
     for notice in notices:
         warn(notice)
+    warn_of_unused(membranes, resolved, backend.family)
     summary = Summary(resolved)
     decided = _decided(rows, gatekeeper, summary, explain=explain)
     if as_json:

@@ -26,7 +26,7 @@ EXAMPLE = "Example: safegen demo --out safegen-demo --seed 7"
 
 PROMPTS: Mapping[str, tuple[str, ...]] = {
     "Targets: the policy erases these": (
-        "a ghost",
+        "a ghost in the style of clay",
         "a robot in the style of clay",
         "santa claus",
         "a fox in the style of popart",

@@ -12,6 +12,7 @@ import typer
 from safegen.cli import options
 from safegen.cli.describe import DecisionValues, because, decision_values, nearest, policy_values, score_cells
 from safegen.cli.render import Column, Line, Sheet, progress, say, show_json
+from safegen.cli.unused import warn_of_unused
 from safegen.errors import PromptRefused, UsageError
 
 if TYPE_CHECKING:
@@ -110,9 +111,11 @@ def _draw_guarded(
     membranes: Sequence[Path],
     as_json: bool,
 ) -> None:
+    from safegen.backend import backend_of
     from safegen.guard import apply_policy
 
     with apply_policy(pipe, policy, audit=audit, membranes=membranes) as guard:
+        warn_of_unused(membranes, guard.policy, backend_of(pipe).family)
         decisions = [decision_values(decision, guard.policy) for decision in guard.decide(prompts)]
         head = {"policy": policy_values(guard.policy), "seed": how.seed, "audit": str(guard.audit_path)}
         images: list[ImageValues] = []

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 _CELL = 112
 _GAP = 12
 _LINE = 13
+_SEAM = 2  # between the two images of a pair
+_BELOW = 2 * _CELL + _SEAM
 _LINES = 3  # of a prompt, below its pair
 _INK = "#1a1a1a"
 
@@ -36,15 +38,15 @@ class Pair:
 
 def pairs_sheet(pairs: Sequence[Pair], *, columns: int = 8) -> Image.Image:
     """Puts pairs on one sheet: before above after, the prompt below them."""
-    height = 2 * _CELL + _LINES * _LINE + _GAP
+    height = _BELOW + _LINES * _LINE + _GAP
     sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, -(-len(pairs) // columns) * height + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for k, pair in enumerate(pairs):
         left, top = _GAP + (k % columns) * (_CELL + _GAP), _GAP + (k // columns) * height
         for half, image in enumerate((pair.before, pair.after)):
-            sheet.paste(image.resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top + half * _CELL))
+            sheet.paste(image.resize((_CELL, _CELL), Image.Resampling.NEAREST), (left, top + half * (_CELL + _SEAM)))
         for line, text in enumerate(_wrapped(pair.prompt, size=11, width=_CELL)[:_LINES]):
-            write_line(pen, (left, top + 2 * _CELL + 2 + line * _LINE), text, size=11, width=_CELL)
+            write_line(pen, (left, top + _BELOW + 2 + line * _LINE), text, size=11, width=_CELL)
     return sheet
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from safegen.errors import FormatError, InjectionError, MembraneError, MembraneNotFoundError
 from safegen.membrane.layouts import Layout, Place, assemble, classify, group
-from safegen.membrane.metadata import SPEC, SPEC_HASH, described, membrane_of
+from safegen.membrane.metadata import ADAPTER, SPEC, SPEC_HASH, described, membrane_of
 from safegen.membrane.weights import Membrane
 
 MAX_FILE_BYTES = 64 << 20
@@ -103,7 +103,9 @@ def read_with_digest(path: Path) -> tuple[Membrane, str]:
     return membrane, container.sha256
 
 
-def _spm_places(keys: Sequence[str], _metadata: Mapping[str, str]) -> dict[str, Place]:
+def _spm_places(keys: Sequence[str], metadata: Mapping[str, str]) -> dict[str, Place]:
+    if ADAPTER in metadata:
+        raise FormatError(f"its metadata hold {ADAPTER!r}, which states other scales than the tensors; leave it out")
     places: dict[str, Place] = {}
     for key in keys:
         place = classify(key)

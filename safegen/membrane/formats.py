@@ -168,7 +168,7 @@ def _alphas(
     tensors: Mapping[str, Tensor], plan: _Plan, metadata: dict[str, str], path: Path
 ) -> dict[str, float] | None:
     """Returns the alphas that stand beside the tensors, by file key; None where there are none."""
-    text = metadata.pop(ADAPTER, None)
+    text: str | bytes | None = metadata.pop(ADAPTER, None)
     downs = {place.site: key for key, place in plan.places.items() if place.part == "down"}
     prefix = next(iter(plan.places.values())).prefix
     stated = any(place.part == "alpha" for place in plan.places.values())
@@ -191,14 +191,14 @@ def _alphas(
     return {file_key(site): alpha for site, alpha in alphas.items()}
 
 
-def _adapter_config(path: Path) -> str:
+def _adapter_config(path: Path) -> bytes:
     beside = path.with_name("adapter_config.json")
     if not beside.is_file() or beside.stat().st_size > MAX_HEADER_BYTES:
         raise FormatError(
             f"its keys are those of PeftModel.save_pretrained, which states alpha in {beside.name}; expected that file "
             f"beside it, with at most {MAX_HEADER_BYTES} bytes"
         )
-    return beside.read_text("utf-8")
+    return beside.read_bytes()
 
 
 def write_peft(

@@ -91,7 +91,7 @@ def _concept_faults(content: dict[str, Any], document: Document, catalogue: Cata
             groups = {
                 f"{concept.category}/*" for concept in catalogue.concepts.values() if concept.id in catalogue.world
             }
-            known = groups if "/" in name else groups | set(catalogue.concepts)
+            known = groups if "/" in name or f"{name}/*" in groups else catalogue.concepts
             yield document.problem(("rules", index, "concept"), f"unknown concept {name!r}.{did_you_mean(name, known)}")
         elif isinstance(category, str) and category not in ("custom", selected[0].category):
             message = f"concept {name!r} is of category {selected[0].category}, not {category}; correct one of the two"

@@ -32,8 +32,10 @@ def _result(*, holds: bool) -> dict[str, Any]:
 
 def test_a_page_has_command_floors_and_figures(report: Any) -> None:
     page = report.page([_result(holds=True)])
-    assert "`python benchmarks/claim.py --json`, model safegen-mini, beside nothing." in page
-    assert "200 images per figure, 2 threads. Every floor holds." in page
+    assert (
+        "\n## A claim\n\n**Every floor holds.** command python benchmarks/claim.py --json; model safegen-mini; " in page
+    )
+    assert "; images per figure 200; threads 2.\n" in page
     assert "| after | 0 | at most 0.1 | holds |" in page
     assert "| ghost | 95.5% | 0.0% |" in page
     assert "| shut prompts | 400 |  |" in page

@@ -66,6 +66,24 @@ def test_table(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Monke
     assert "seed 5; audit log: " in result.stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "audit"])
+def test_membranes_that_no_rule_uses_are_named(run: Run, world: World, tmp_path: Path, command: str) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(HEAD + FOX, "utf-8")
+    own = ["generate", "the van", "--steps", "1", "--out", str(tmp_path / "out")]
+    if command == "audit":
+        own = ["audit", "--prompts", world.prompts]
+    args = ["--model", world.pipeline, "--policy", str(policy), "--membranes", world.membranes]
+    (tmp_path / "empty").mkdir()
+    result = run(own, args, "--membranes", tmp_path / "empty")
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stderr.split())
+    assert f"warning: {world.membranes}: no rule of policy tiny erases ghost, so nothing opens" in said
+    assert "add a rule with `concept: ghost`" in said
+    assert f"warning: {tmp_path / 'empty'}: no membrane for this model in it" in said
+    assert "warning" not in run(own, world.host).stderr
+
+
 def test_a_refused_prompt_stops_all_and_is_recorded(run: Run, world: World, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     prompts = [*("the van",) * 9, "a robot"]  # in the second batch

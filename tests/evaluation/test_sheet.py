@@ -16,6 +16,6 @@ def test_every_pair_has_its_prompt_below_it() -> None:
     assert sheet.size == blank.size
     colours = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
     assert colours[255, 0, 0] == colours[0, 0, 255] == 3 * 112 * 112  # text never runs into a picture
-    boxes = [(left, top + 224, left + 124, top + 276) for left, top in ((12, 12), (136, 12), (12, 287))]
+    boxes = [(left, top + 226, left + 124, top + 278) for left, top in ((12, 12), (136, 12), (12, 289))]
     for box in boxes:
         assert ImageChops.difference(sheet.crop(box), blank.crop(box)).getbbox() is not None

@@ -179,6 +179,22 @@ def test_it_is_refused_for_its_own_reason(name: str, tmp_path: Path) -> None:
     assert not Path("/tmp/safegen-was-here").exists()
 
 
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[]", "LoRA settings are list"),
+        (b'{"r": 1, "lora_alpha": 1, "r": 1}', "'r' twice"),
+        (b'{"r": 2, "lora_alpha": 1}', "state rank 2"),
+        (b'{"r": 1, "lora_alpha": 1, "note": "' + b"x" * (1 << 20) + b'"}', "at most 1048576 bytes"),
+    ],
+)
+def test_settings_beside_the_file_are_no_safer_than_those_in_it(beside: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(beside)
+    content = packed([(f"base_model.model.{key.removeprefix('unet.')}", entry) for key, entry in PEFT])
+    assert reason in refused(placed(tmp_path, content), FormatError)
+
+
 def test_there_are_no_two_cases_of_one_kind() -> None:
     assert len(CASES) == len({content for content, _, _ in CASES.values()}) >= 25
 

@@ -82,6 +82,7 @@ FILES: dict[str, tuple[bytes, type[SafegenError]]] = {
     "entry not an object": (header_of(json.dumps({DOWN: [1, 2]}).encode()), FormatError),
     "metadata a list": (packed(GOOD, ["ghost"]), FormatError),
     "metadata of a number": (packed(GOOD, {"prompts": "ghost", "rank": 1}), FormatError),
+    "alphas in the metadata too": (packed(GOOD, META | {"lora_adapter_metadata": "{}"}), FormatError),
     "no tensors": (packed([]), FormatError),
     "a tensor twice": (packed([*GOOD, (UP, ("F32", [2, 1], floats(9, 9)))]), FormatError),
     "metadata twice": (SOUND.replace(b'"prompts": "ghost"', b'"prompts": "ghost", "prompts": ""'), FormatError),

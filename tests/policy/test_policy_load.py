@@ -8,12 +8,16 @@ import pytest
 
 import safegen.resources
 from safegen.errors import PolicyNotFoundError, PolicySyntaxError, PolicyValidationError, SafegenError
+from safegen.policy.catalogue import load_catalogue
 from safegen.policy.document import MAX_BYTES, parse_document
 from safegen.policy.load import find_policy, load_policy, shipped_policies
 from safegen.resources import shipped
 
 HEAD = "apiVersion: safegen.dev/v1\nkind: Policy\nmetadata: {id: p, version: 1.0.0}\n"
 RULE = "rules:\n  - {id: a, concept: nudity, category: explicit}\n"
+
+
+CONCEPTS = f"({len(load_catalogue().concepts)} in all)"
 
 
 def faults_of(folder: Path, text: str) -> list[str]:
@@ -65,7 +69,8 @@ SCHEMA_FAULTS = [
     (HEAD + RULE.replace("}", ", strength: true}"), ["5:60: strength: ", "found true"]),
     (HEAD + RULE.replace("}", ", severity: hgih}"), ["5:60: unknown severity 'hgih'. Did you mean 'high'?"]),
     (HEAD + RULE.replace("}", ", on_mising: flag}"), ["5:50: unknown key 'on_mising'. Did you mean 'on_missing'?"]),
-    (HEAD + RULE.replace("nudity", "nudty"), ["5:22: unknown concept 'nudty'. Did you mean 'nudity'?"]),
+    (HEAD + RULE.replace("nudity", "nudty"), ["5:22: unknown concept 'nudty'. Did you mean 'nudity'?", CONCEPTS]),
+    (HEAD + RULE.replace("nudity", "explicit"), ["5:22: unknown concept 'explicit'. Did you mean 'explicit/*'?"]),
     (HEAD + RULE.replace("nudity", "explict/*"), ["5:22: unknown concept 'explict/*'. Did you mean 'explicit/*'?"]),
     (HEAD + RULE.replace("nudity", "custom/*"), ["5:22: unknown concept 'custom/*'"]),
     (HEAD + RULE.replace("explicit", "object"), ["5:40: concept 'nudity' is of category explicit, not object"]),
