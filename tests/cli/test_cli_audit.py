@@ -12,7 +12,7 @@ from cli_world import GHOST, HEAD, Run, World
 
 from safegen.cli import audit
 
-TITLES = ("line", "prompt", "action", "rule", "membrane", "γ", "clipcos", "token", "lexical")
+TITLES = ("line", "prompt", "action", "rule", "membrane", "γ", "score", "lo", "lexical")
 
 
 def audited(run: Run, world: World, *args: str) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def test_prompts_that_touch_nothing_are_listed_on_request(run: Run, world: World
     everything = run("audit", "--prompts", world.prompts, world.host, "--all").stdout
     assert "the van" not in few
     for prompt in audited(run, world)["prompts"][3:]:
-        scores = rf"0\.000 +{prompt['membranes'][0]['clipcos']:.3f} +0\.000 +0\.000"
+        membrane = prompt["membranes"][0]
+        scores = rf"0\.000 +{membrane['direction']:.3f} +{membrane['thresholds']['direction']['lo']:.3f} +0\.000"
         wanted = rf" +{prompt['line']} +{prompt['prompt']} +allow +no-ghosts +ghost +{scores} *"
         assert any(re.fullmatch(wanted, line) for line in everything.splitlines()), (wanted, everything)
 
@@ -102,7 +103,7 @@ def test_a_membrane_that_no_word_opened_says_what_the_prompt_is_similar_to(
     run: Run, world: World, tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy.yaml"
-    policy.write_text(HEAD + GHOST.replace("severity", "transport: {floor: 0.01}, severity"), "utf-8")
+    policy.write_text(HEAD + GHOST.replace("severity", "transport: {score: [direction, lexical], lo: -1.0, hi: -0.9}, severity"), "utf-8")
     args = ["--model", world.pipeline, "--policy", str(policy), "--membranes", world.membranes]
     found = json.loads(run("audit", "--prompts", "-", args, "--json", stdin="the van\n").stdout)
     membrane = found["prompts"][0]["membranes"][0]
