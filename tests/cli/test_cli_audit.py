@@ -103,7 +103,10 @@ def test_a_membrane_that_no_word_opened_says_what_the_prompt_is_similar_to(
     run: Run, world: World, tmp_path: Path
 ) -> None:
     policy = tmp_path / "policy.yaml"
-    policy.write_text(HEAD + GHOST.replace("severity", "transport: {score: [direction, lexical], lo: -1.0, hi: -0.9}, severity"), "utf-8")
+    policy.write_text(
+        HEAD + GHOST.replace("severity", "transport: {score: [direction, lexical], lo: -1.0, hi: -0.9}, severity"),
+        "utf-8",
+    )
     args = ["--model", world.pipeline, "--policy", str(policy), "--membranes", world.membranes]
     found = json.loads(run("audit", "--prompts", "-", args, "--json", stdin="the van\n").stdout)
     membrane = found["prompts"][0]["membranes"][0]

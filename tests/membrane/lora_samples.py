@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import tiny_sd
 from torch import Tensor, nn
 
+from safegen.backend.sites import file_key
 from safegen.membrane.weights import Factor
-
-FLOATS = st.floats(0.0009765625, 1000, width=32)
 
 
 def site_factors(modules: Mapping[str, nn.Linear | nn.Conv2d], seed: int, rank: int = 1) -> dict[str, Factor]:
@@ -103,3 +102,23 @@ def same(found: Mapping[str, Factor], wanted: Mapping[str, Factor]) -> bool:
         f.alpha == wanted[key].alpha and torch.equal(f.down, wanted[key].down) and torch.equal(f.up, wanted[key].up)
         for key, f in found.items()
     )
+
+
+def keyed(factors: Mapping[str, Factor]) -> dict[str, Factor]:
+    """By file key, as a membrane has them."""
+    return {file_key(name): factor for name, factor in factors.items()}
+
+
+def lora_layers(pipe: Any) -> int:
+    """How many modules of a U-Net diffusers has put a LoRA on."""
+    return sum(hasattr(module, "lora_A") for module in pipe.unet.modules())
+
+
+def merged(factors: Mapping[str, Factor]) -> Any:
+    """The tiny pipeline with the products of factors, by qualified name, in its weights."""
+    pipe = tiny_sd()
+    for name, f in factors.items():
+        weight = pipe.unet.get_submodule(name).weight
+        delta = f.scale * f.up.double().flatten(1) @ f.down.double().flatten(1)
+        weight.data += delta.reshape(weight.shape).float()
+    return pipe
