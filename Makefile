@@ -31,7 +31,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/transport.py
 
-# Measures anew what docs/results.md states, and writes it whether or not a floor is missed; half an hour.
+# Measures anew what docs/results.md states, and writes it whether or not a floor is missed; forty minutes.
 results: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py --json > benchmarks/results/end_to_end.json; \
 	status=$$?; $(BIN)/python benchmarks/report.py && exit $$status

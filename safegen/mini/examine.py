@@ -49,7 +49,8 @@ def draw_images(pipe: Any, prompts: Sequence[str], *, seed: int, label: str = "d
     """
     images: list[Image.Image] = []
     console = Console(stderr=True)  # stdout may carry a caller's data
-    for start in track(range(0, len(prompts), BATCH), description=label, transient=True, console=console):
+    starts = range(0, len(prompts), BATCH)
+    for start in track(starts, label, transient=True, console=console, disable=not console.is_terminal):
         part = list(prompts[start : start + BATCH])
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(part))]
         images += pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
