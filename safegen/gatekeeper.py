@@ -82,7 +82,12 @@ class Gatekeeper:
             is already pushed away, and opening its membrane there would weaken that. What `guidance: both` opens on
             them follows the prompts they are paired with.
         """
-        reading = self.gate.read(states, [origin.ids if origin else None for origin in origins], every=every)
+        reading = self.gate.read(
+            states,
+            [origin.ids if origin else None for origin in origins],
+            given=[origin.text if origin else None for origin in origins],
+            every=every,
+        )
         looking = self.policy.audit.evidence == "opened" if evidence is None else evidence
         gammas: list[list[float]] = reading.permeability.tolist()
         rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,13 +162,22 @@ class Gate:
         """Tokens that the text encoder reads at once; longer conditioning is read in chunks of as many."""
         return len(self._empty)
 
-    def read(self, states: Tensor, ids: Sequence[Sequence[int] | None], *, every: bool = False) -> Reading:
+    def read(
+        self,
+        states: Tensor,
+        ids: Sequence[Sequence[int] | None],
+        *,
+        given: Sequence[str | None] | None = None,
+        every: bool = False,
+    ) -> Reading:
         """Scores rows of conditioning.
 
         Args:
             states: [rows, tokens, width]; of conditioning longer than the encoder's window each chunk is scored, and
                 the largest score counts.
             ids: Token ids of each row (of its chunks one after the other); None where its origin is unknown.
+            given: The caller's own text of each row; None where it was not seen. Phrases are looked for in it too,
+                because ids keep less than a text: format characters between letters become tokens of their own.
             every: Computes all graded scores, also those that open nothing.
 
         Returns:
@@ -188,7 +197,8 @@ class Gate:
             graded["paper"] = torch.maximum(parts["clipcos"], parts["token"])
         if "semantic" in wanted:
             graded["semantic"] = self._semantic(texts)
-        phrases = [self._found(row) for row in texts]
+        own = [() if text is None else (text,) for text in given or [None] * len(ids)]
+        phrases = [self._found(dict.fromkeys((*row, *text))) for row, text in zip(texts, own, strict=True)]
         hits = lexical([[k for k in found if self.targets[k].lexical] for found in phrases], len(self.targets))
         gamma = self._permeability(graded, hits)
         gamma[~finite] = 1.0
@@ -227,7 +237,7 @@ class Gate:
         readings = [self._reader.readings(chunk) for chunk in self._chunks(ids)]
         return tuple(dict.fromkeys(" ".join(found[k] for found in readings) for k in (0, -1)))
 
-    def _found(self, texts: Sequence[str]) -> Mapping[int, Sequence[str]]:
+    def _found(self, texts: Iterable[str]) -> Mapping[int, Sequence[str]]:
         found: dict[int, Sequence[str]] = {}
         for text in texts:
             for target, phrases in self._phrases(text).items():

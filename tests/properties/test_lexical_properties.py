@@ -55,6 +55,7 @@ def changed(text: str, kind: str, places: list[int], mark: int) -> str:
     places=st.lists(st.integers(0, 60), min_size=1, max_size=5),
     mark=st.integers(0, 7),
 )
+@example(prompt="a ghost", kind="format characters", places=[0, 2], mark=0)
 @example(prompt="santa claus", kind="accents", places=[0, 5, 7], mark=3)
 @example(prompt="van gogh", kind="full width", places=[0, 1, 2, 4], mark=0)
 @settings(max_examples=80, deadline=None)
