@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -24,6 +23,7 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from end_to_end import Floor
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -132,21 +132,6 @@ def ratio(call: Callable[[], Tensor], variant: Any, rounds: int, label: str) -> 
     return statistics.median(found)
 
 
-@dataclass(frozen=True)
-class Floor:
-    """A number that the issue names: what was measured, and whether it holds."""
-
-    name: str
-    value: float
-    floor: float
-    holds: bool
-
-    @classmethod
-    def at_most(cls, name: str, value: float, floor: float) -> Floor:
-        """A number that must not be higher."""
-        return cls(name, round(value, 5), floor, value <= floor)
-
-
 def seconds(action: Callable[[], Any]) -> float:
     """Seconds that an action takes, the best of three."""
     taken: list[float] = []
@@ -191,7 +176,7 @@ def full(rounds: int) -> tuple[dict[str, float], list[Floor]]:
     floors: list[Floor] = []
     with opened(unet, sites, membranes, 0.0):
         same = float(torch.equal(call(), base))
-    floors.append(Floor("nothing open: bit-identical", same, 1.0, same == 1.0))
+    floors.append(Floor.at_least("nothing open: bit-identical", same, 1.0))
     for count, size, limit in ((128, 0.0, 1.01), (1, 1.0, 1.02), (16, 1.0, 1.05), (128, 1.0, 1.10)):
         name = f"fp32, {count} applied, {'all' if size else 'none'} open"
         some = membranes[:count]

@@ -40,7 +40,7 @@ Captions = Annotated[
     typer.Option(
         metavar="FILE",
         help="Captions that must not open it (.txt, .csv, .jsonl).",
-        show_default="the model mini's own captions, else the names of the catalogue's other concepts",
+        show_default=options.CAPTIONS_BY_DEFAULT,
     ),
 ]
 Sentence = Annotated[

@@ -13,6 +13,7 @@ import typer
 from safegen.errors import UsageError
 
 MINI = "mini"
+CAPTIONS_BY_DEFAULT = "the model mini's own captions, else the names of the catalogue's other concepts"
 
 Model = Annotated[
     str,

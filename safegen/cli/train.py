@@ -61,7 +61,7 @@ Pool = Annotated[
     typer.Option(
         metavar="FILE",
         help="Captions of what must stay as it is (.txt, .csv, .jsonl).",
-        show_default="the model mini's own captions, else the names of the catalogue's other concepts",
+        show_default=options.CAPTIONS_BY_DEFAULT,
     ),
 ]
 
