@@ -110,13 +110,14 @@ def measure(
     from safegen.cli.train_plan import calibration_prompts
     from safegen.transport.calibrate import calibrate as calibrated
 
-    positives, negatives = calibration_prompts(membrane.concept, membrane.targets, captions, model)
-    with progress(f"calibrating {membrane.concept}", len(positives) + len(negatives)) as step:
+    prompts = calibration_prompts(membrane.concept, membrane.targets, captions, model)
+    with progress(f"calibrating {membrane.concept}", sum(map(len, prompts))) as step:
         return calibrated(
             backend,
             membrane.targets,
-            positives,
-            negatives,
+            prompts.positives,
+            prompts.negatives,
+            neighbours=prompts.neighbours,
             sentence=sentence,
             report=lambda done: step(done, ""),
         )

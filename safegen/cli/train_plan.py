@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from safegen.cli.options import MINI
 from safegen.cli.render import say
@@ -37,6 +38,20 @@ _STYLE = (
 )
 
 
+class Wording(NamedTuple):
+    """Prompts to calibrate a membrane on.
+
+    Attributes:
+        positives: Prompts that name the concept.
+        negatives: Prompts that do not.
+        neighbours: More of these, of what a person might take for the concept.
+    """
+
+    positives: list[str]
+    negatives: list[str]
+    neighbours: list[str]
+
+
 def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str) -> Plan:
     """Returns the plan of a training.
 
@@ -58,9 +73,7 @@ def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str
     return replace(plan, targets=names, pool=captions)
 
 
-def calibration_prompts(
-    concept: str, targets: Sequence[str], captions: Path | None, model: str
-) -> tuple[list[str], list[str]]:
+def calibration_prompts(concept: str, targets: Sequence[str], captions: Path | None, model: str) -> Wording:
     """Returns prompts that name a concept, and prompts that do not, to calibrate its membrane on.
 
     Args:
@@ -78,13 +91,15 @@ def calibration_prompts(
     pool = _read_pool(captions, targets) if captions is not None else ()
     if model == MINI and concept in _mini_concepts():
         plan = zoo.plan(concept)
-        return around(targets, [prompt for prompt, _ in plan.templates]), [*(pool or plan.pool), *EVERYDAY]
+        positives = around(targets, [prompt for prompt, _ in plan.templates])
+        return Wording(positives, [*(pool or plan.pool), *EVERYDAY], zoo.near(concept))
     catalogue = load_catalogue()
     found = catalogue.concepts.get(concept)
     templates = STYLE if found is not None and found.category == "artist-style" else THING
     names = dict.fromkeys((*targets, *(found.aliases if found else ())))
     others = [c.name for c in catalogue.concepts.values() if found is None or c.category == found.category]
-    return around(tuple(names), templates), [*pool, *around(others, templates[:3]), *EVERYDAY]
+    benign = around(found.benign, templates[:3]) if found else []
+    return Wording(around(tuple(names), templates), [*pool, *around(others, templates[:3]), *EVERYDAY], benign)
 
 
 def _mini_concepts() -> set[str]:

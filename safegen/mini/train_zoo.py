@@ -64,7 +64,9 @@ def calibration(backend: Backend, membrane: Membrane) -> tuple[Calibration, ...]
     """Measures a membrane's thresholds on the captions that it was trained with, and on everyday ones."""
     plan = zoo.plan(membrane.concept)
     positives = around(membrane.targets, [prompt for prompt, _ in plan.templates])
-    return calibrate(backend, membrane.targets, positives, [*plan.pool, *EVERYDAY])
+    return calibrate(
+        backend, membrane.targets, positives, [*plan.pool, *EVERYDAY], neighbours=zoo.near(membrane.concept)
+    )
 
 
 def make(

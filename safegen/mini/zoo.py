@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safegen.mini.catalogue import OBJECTS, STYLES, Object, Style, with_article
+from safegen.transport.phrasing import STYLE, THING, around
 
 CONCEPTS = ("ghost", "robot", "santa-claus", "popart", "blueprint", "bicycle")
 
@@ -47,6 +48,14 @@ def find(concept: str) -> Object | Style:
         if entry.name.replace(" ", "-") == concept:
             return entry
     raise KeyError(concept)
+
+
+def near(concept: str) -> list[str]:
+    """Returns prompts of what `ALIKE` names for a shipped concept, worded as its own are; none for another concept."""
+    names = ALIKE.get(concept, ())
+    wording = STYLE if isinstance(find(concept), Style) else THING
+    templates = (*wording, *(template for template, _ in plan(concept).templates))
+    return around((*names, *(f"a {name}" for name in names)), templates)
 
 
 def _object_captions(item: Object, styles: Sequence[Style]) -> list[str]:

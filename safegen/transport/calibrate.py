@@ -25,6 +25,7 @@ def calibrate(
     positives: Sequence[str],
     negatives: Sequence[str],
     *,
+    neighbours: Sequence[str] = (),
     sentence: SentenceEncoder | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> tuple[Calibration, ...]:
@@ -34,8 +35,9 @@ def calibrate(
         reader: The host's text side.
         names: The names that the membrane erases; what the scores are taken with.
         positives: Prompts that name the concept.
-        negatives: Prompts that do not: captions, and the neighbours that must be left alone. Those that hold one of
-            `names` as a whole phrase are left out.
+        negatives: Prompts that do not: captions of anything else. Those that hold one of `names` as a whole phrase are
+            left out.
+        neighbours: More of them, of what a person might take for the concept: `lo` lies above each of these.
         sentence: Sentence encoder to calibrate the score `semantic` with too.
         report: Called with how many prompts have been scored.
 
@@ -46,7 +48,8 @@ def calibrate(
         UsageError: No positive, or no negative that is none.
     """
     matcher = PhraseMatcher(names)
-    others = [text for text in dict.fromkeys(negatives) if not matcher.find(text)]
+    near, far = ([text for text in dict.fromkeys(texts) if not matcher.find(text)] for texts in (neighbours, negatives))
+    others = list(dict.fromkeys((*near, *far)))
     named = list(dict.fromkeys(positives))
     if not named or not others:
         raise UsageError(
@@ -61,7 +64,7 @@ def calibrate(
     found: list[Calibration] = []
     for score, encoder in encoders.items():
         high, low = scores[score][: len(named)], scores[score][len(named) :]
-        lo, hi = thresholds(high, low)
+        lo, hi = thresholds(high, low, low[: len(near)])
         counts = {"positives": len(named), "negatives": len(others)}
         rates = {"auroc": auroc(high, low), "false_open_at_99": false_open_at_99(high, low)}
         found.append(Calibration(score, encoder, lo, hi, **{k: round(v, 6) for k, v in rates.items()}, **counts))
@@ -78,16 +81,18 @@ def _scored(gate: Gate, reader: TextReader, texts: Sequence[str], report: Callab
     return {score: torch.cat([part[score][:, 0] for part in parts]).double() for score in parts[0]}
 
 
-def thresholds(positives: Tensor, negatives: Tensor) -> tuple[float, float]:
+def thresholds(positives: Tensor, negatives: Tensor, neighbours: Tensor | None = None) -> tuple[float, float]:
     """Returns `lo` and `hi` for the scores of prompts that name a concept and of prompts that do not.
 
     Where the lowest positives (one in a hundred aside) are above the highest negative, the thresholds lie inside that
-    gap, at a quarter and a half of it. Elsewhere the groups overlap: `lo` keeps all negatives out but one in 500 (what
-    else must open opens by words), and `hi` is what half of the positives reach, or just above `lo`.
+    gap, at a quarter and a half of it. Elsewhere the groups overlap: `lo` keeps all neighbours out and all negatives
+    but one in 500 (what else must open opens by words), and `hi` is what half of the positives reach, or just above
+    `lo`.
 
     Args:
         positives: Scores, [n].
-        negatives: Scores, [m].
+        negatives: Scores, [m], those of neighbours among them.
+        neighbours: Scores, [k], of what must stay out whatever else that costs.
 
     Returns:
         `lo` and `hi`, in [-1, 1], rounded to six digits.
@@ -98,6 +103,8 @@ def thresholds(positives: Tensor, negatives: Tensor) -> tuple[float, float]:
         lo, hi = highest + gap / 4, highest + gap / 2
     else:
         lo = float(negatives.quantile(_KEPT_OUT, interpolation="higher"))
+        if neighbours is not None and len(neighbours):
+            lo = max(lo, float(neighbours.max()))
         lo += 0.02 * (1 - lo)
         hi = max(float(positives.median()), lo + 0.1 * (1 - lo))
     return round(min(lo, 1.0), 6), round(min(hi, 1.0), 6)

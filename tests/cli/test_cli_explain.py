@@ -108,14 +108,18 @@ def test_calibrating_a_membrane_of_another_base_is_refused(run: Run, ghost: Path
 
 
 def test_prompts_to_calibrate_on_use_what_a_concept_is_called() -> None:
-    positives, negatives = calibration_prompts("mickey-mouse", ("Mickey Mouse",), None, "some/model")
+    positives, negatives, _ = calibration_prompts("mickey-mouse", ("Mickey Mouse",), None, "some/model")
     assert "a photo of Mickey Mouse" in positives
     assert "a photo of micky mouse" in positives
     assert any("Donald Duck" in text for text in negatives)
-    artist, _ = calibration_prompts("van-gogh", ("Van Gogh",), None, "some/model")
-    assert "a painting by Van Gogh" in artist
-    unknown, others = calibration_prompts("my-brand", ("My Brand",), None, "some/model")
+    artist = calibration_prompts("van-gogh", ("Van Gogh",), None, "some/model")
+    assert "a painting by Van Gogh" in artist.positives
+    unknown, others, near = calibration_prompts("my-brand", ("My Brand",), None, "some/model")
     assert "a photo of My Brand" in unknown
     assert others
-    mini, _ = calibration_prompts("ghost", ("ghost", "phantom"), None, "mini")
+    assert not near
+    nudity = calibration_prompts("nudity", ("nudity",), None, "some/model")
+    assert any("nude lipstick" in text for text in nudity.neighbours)
+    mini, _, alike = calibration_prompts("ghost", ("ghost", "phantom"), None, "mini")
     assert "an emoji of a phantom" in mini
+    assert "a skull" in alike

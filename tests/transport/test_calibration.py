@@ -48,6 +48,13 @@ def test_thresholds_are_ordered_and_keep_the_negatives_out(positives: torch.Tens
         assert float(negatives.max()) < lo < hi < float(positives.min())
 
 
+@given(positives=SCORES, negatives=SCORES, neighbours=SCORES)
+def test_no_neighbour_opens(positives: torch.Tensor, negatives: torch.Tensor, neighbours: torch.Tensor) -> None:
+    lo, hi = thresholds(positives, torch.cat([neighbours, negatives]), neighbours)
+    assert lo <= hi <= 1
+    assert float(neighbours.max()) <= lo + 1e-6
+
+
 def test_false_openings_where_99_of_100_positives_open() -> None:
     positives = torch.linspace(0.5, 1.0, 101, dtype=torch.float64)
     negatives = torch.tensor([0.1, 0.5, 0.504, 0.9], dtype=torch.float64)
@@ -58,8 +65,9 @@ def test_false_openings_where_99_of_100_positives_open() -> None:
 def test_what_was_calibrated_opens_for_positives_and_not_for_negatives(backend: Backend) -> None:
     positives = ["ghost", "a ghost", "the ghost"]
     negatives = ["a fox", "the robot in a photo", "santa", "a white van", "the ghost of a fox"]
+    neighbours = ["the robot in a photo", "the ghost of a fox"]
     seen: list[int] = []
-    measured = calibrate(backend, ["ghost"], positives, negatives, report=seen.append)
+    measured = calibrate(backend, ["ghost"], positives, negatives, neighbours=neighbours, report=seen.append)
     assert seen == [7]
     assert [one.score for one in measured] == ["direction", "paper"]
     for one in measured:
