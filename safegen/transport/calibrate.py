@@ -64,7 +64,8 @@ def calibrate(
     found: list[Calibration] = []
     for score, encoder in encoders.items():
         high, low = scores[score][: len(named)], scores[score][len(named) :]
-        lo, hi = thresholds(high, low, low[: len(near)])
+        close, rest = low[: len(near)], low[len(near) :]
+        lo, hi = thresholds(high, rest if len(rest) else close, close)
         counts = {"positives": len(named), "negatives": len(others)}
         rates = {"auroc": auroc(high, low), "false_open_at_99": false_open_at_99(high, low)}
         found.append(Calibration(score, encoder, lo, hi, **{k: round(v, 6) for k, v in rates.items()}, **counts))
@@ -91,20 +92,20 @@ def thresholds(positives: Tensor, negatives: Tensor, neighbours: Tensor | None =
 
     Args:
         positives: Scores, [n].
-        negatives: Scores, [m], those of neighbours among them.
+        negatives: Scores, [m].
         neighbours: Scores, [k], of what must stay out whatever else that costs.
 
     Returns:
         `lo` and `hi`, in [-1, 1], rounded to six digits.
     """
-    lowest, highest = float(positives.quantile(_REACHED)), float(negatives.max())
+    near = negatives[:0] if neighbours is None else neighbours
+    lowest, highest = float(positives.quantile(_REACHED)), float(torch.cat([negatives, near]).max())
     if lowest > highest:
         gap = lowest - highest
         lo, hi = highest + gap / 4, highest + gap / 2
     else:
         lo = float(negatives.quantile(_KEPT_OUT, interpolation="higher"))
-        if neighbours is not None and len(neighbours):
-            lo = max(lo, float(neighbours.max()))
+        lo = max([lo, *near.tolist()])
         lo += 0.02 * (1 - lo)
         hi = max(float(positives.median()), lo + 0.1 * (1 - lo))
     return round(min(lo, 1.0), 6), round(min(hi, 1.0), 6)
