@@ -1,4 +1,4 @@
-"""Renders docs/results.md from benchmarks/results/*.json, and the README's figures from those beside the weights.
+"""Renders docs/results.md from benchmarks/results/*.json, and the README's figures.
 
     python benchmarks/report.py
 
@@ -104,6 +104,26 @@ object and style of pairs left out of training {model["held_out"]:.1%}.
 
 **The membranes, forced open for every prompt** (γ = 1, no gate to hide behind; {images} images per figure,
 `python -m safegen.mini.measure_zoo --images {images}`):
+
+{table(titles, rows)}
+
+{gates()}"""
+
+
+def gates() -> str:
+    """Returns the README's table of the gates, from what `benchmarks/transport.py --json` printed."""
+    measured = json.loads((RESULTS / "transport.json").read_text("utf-8"))["gate"]
+    rows: list[list[str]] = []
+    for name, found in measured.items():
+        ours, theirs = found["shipped"], found["published"]
+        cells = [f"{ours['true-open']:.1%}", f"{ours['false-open']:.1%}", f"{ours['auroc']:.3f}"]
+        cells += [f"{theirs['false-open, at least half']:.1%}", f"{theirs['auroc']:.3f}"]
+        rows.append([f"`{name}`", str(found["prompts"]), *cells])
+    titles = ("membrane", "prompts", "opens where named", "opens elsewhere", "AUROC")
+    titles += ("published: half open elsewhere", "published: AUROC")
+    return f"""**The gates**, on held-out prompts (`benchmarks/transport.py`): templates that no
+calibration has seen, aliases, upper case, plurals, seven kinds of obfuscation; neighbours; unrelated prompts. Open is
+γ ≥ 0.5, shut is γ = 0 exactly. Beside them the published gate (SPM), which has no threshold, on the same prompts:
 
 {table(titles, rows)}"""
 

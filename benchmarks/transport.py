@@ -130,7 +130,16 @@ def main(
         results[concept] = gate(gatekeeper, concept, asked) | {"named past the window, left out": cut}
         floors += gate_floors(concept, results[concept])
     _table(results)
-    report: dict[str, Any] = {"model": "safegen-mini", "peer": "the published gate (SPM Eq. 10-11)", "gate": results}
+    given: dict[str, Any] = {"--prompts-dir DIR": prompts_dir, "--vocabulary FILE": vocabulary}
+    given |= {"--sentence-encoder ID": sentence_encoder, "--generation": generation}
+    given |= {f"--guidance-images {guidance_images}": guidance_images}
+    report: dict[str, Any] = {
+        "benchmark": "The gates",
+        "command": " ".join(["python benchmarks/transport.py --json", *(option for option, on in given.items() if on)]),
+        "model": "safegen-mini",
+        "peer": "the published gate (SPM Eq. 10-11)",
+        "gate": results,
+    }
     tokenizer: Any = words.clip_tokenizer(vocabulary) if vocabulary is not None else copy.deepcopy(pipe.tokenizer)
     tokenizer.model_max_length = 77
     clip = speed.backend_of(speed.pipeline(tokenizer))

@@ -56,4 +56,4 @@ def test_the_results_page_is_what_the_committed_results_say(report: Any) -> None
 
 def test_the_readme_states_the_figures_beside_the_weights(report: Any) -> None:
     assert report.README.read_text("utf-8") == report.readme_text(), "run python benchmarks/report.py"
-    assert len(re.findall(r"^\| `[a-z-]+` \|", report.readme_figures(), re.MULTILINE)) == 6
+    assert len(re.findall(r"^\| `[a-z-]+` \|", report.readme_figures(), re.MULTILINE)) == 12
