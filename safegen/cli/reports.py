@@ -94,7 +94,7 @@ def junit(suites: Iterable[tuple[Path, Sequence[Checked]]]) -> str:
     """Returns a JUnit report: a test suite per file, a test case per thing tested."""
     root = Xml.Element("testsuites", name="safegen")
     for path, checked in suites:
-        suite = Xml.SubElement(root, "testsuite", name=plain(path.as_posix()), **_counts(checked))
+        suite = Xml.SubElement(root, "testsuite", {"name": plain(path.as_posix()), **_counts(checked)})
         for one in checked:
             case = Xml.SubElement(
                 suite,

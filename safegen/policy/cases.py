@@ -190,6 +190,6 @@ def _between_cases(content: CaseFile, document: Document) -> Iterator[Problem]:
         seen.add(case.name)
         if EVERY_RULE in case.expect and case.expect[EVERY_RULE].opens:
             text = (
-                f'"{EVERY_RULE}" stands for every rule, and no prompt touches all: expected shut, or the names of rules'
+                f'"{EVERY_RULE}" stands for every rule, and no prompt touches all; expected shut, or a rule by its id'
             )
             yield document.problem(("cases", index, "expect", EVERY_RULE), text)
