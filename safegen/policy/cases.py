@@ -51,6 +51,8 @@ class Bound:
 
 
 def _parse_bound(value: object) -> object:
+    if isinstance(value, Bound):
+        return value
     found = _BOUND.fullmatch(str(value).strip()) if isinstance(value, str | int | float) else None
     if isinstance(value, bool) or found is None or float(found[2]) > 1:
         raise PydanticCustomError("bound", "expected a number from 0 to 1, with >=, <=, > or < before it (in quotes)")
