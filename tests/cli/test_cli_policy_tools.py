@@ -178,12 +178,12 @@ def test_lint(run: Run, policy: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{policy}:5:10: warning SG001: rule 'no-ghosts' has no test case")
-    assert any(line.startswith(f"{policy}:5:88: error SG003: ") for line in lines), lines
+    assert any(line.startswith(f"{policy}:5:89: error SG003: ") for line in lines), lines
     results = check_sarif(json.loads((tmp_path / "lint.sarif").read_text("utf-8")))
     assert [r["ruleId"] for r in results] == ["SG001", "SG003", "SG001", "SG001"]
     found = json.loads(run("lint", policy, "--json").stdout)
     assert found["findings"][1] | {"message": ""} == {
-        "lint": "SG003", "level": "error", "file": str(policy), "line": 5, "column": 88, "message": "",
+        "lint": "SG003", "level": "error", "file": str(policy), "line": 5, "column": 89, "message": "",
     }  # fmt: skip
 
 

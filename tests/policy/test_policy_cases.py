@@ -86,20 +86,23 @@ FAULTS = [
     (HEAD + "case:\n" + CASE, "4:1: unknown key 'case'. Did you mean 'cases'?"),
     (HEAD + "cases:\n" + CASE + CASE, "6:12: case 'a' is there already; names are unique"),
     (HEAD + "cases:\n" + CASE.replace("prompt: x, ", ""), "5:5: missing key 'prompt'"),
-    (HEAD + "cases:\n" + CASE.replace("{nudity: erase}", "{}"), "5:36: expect: "),
-    (HEAD + "cases:\n" + CASE.replace("erase", "open"), "5:45: action: "),
+    (HEAD + "cases:\n" + CASE.replace("{nudity: erase}", "{}"), "5:34: expect: expected at least one entry"),
+    (
+        HEAD + "cases:\n" + CASE.replace("erase", "open"),
+        "5:43: action: expected 'erase', 'refuse', 'flag' or 'shut'; found 'open'",
+    ),
     (
         HEAD + "cases:\n" + CASE.replace("erase", "{}"),
-        "5:45: nudity: expected an action or a bound on the permeability",
+        "5:43: nudity: expected an action or a bound on the permeability",
     ),
     (
         HEAD + "cases:\n" + CASE.replace("erase", "{permeability: most}"),
-        "5:60: permeability: expected a number from 0 to 1, with >=, <=, > or < before it (in quotes); found 'most'",
+        "5:58: permeability: expected a number from 0 to 1, with >=, <=, > or < before it (in quotes); found 'most'",
     ),
-    (HEAD + "cases:\n" + CASE.replace("erase", "{permeability: 1.5}"), "5:60: permeability: expected a number from 0"),
-    (HEAD + "cases:\n" + CASE.replace("nudity", '"*"'), '5:37: "*" stands for every rule, and no prompt touches all'),
-    (HEAD + "cases:\n" + CASE.replace("x,", "x, task: draw,"), "5:34: unknown task 'draw'."),
-    (HEAD + "cases:\n" + CASE.replace("x,", "x, now: soon,"), "5:33: now: expected a day that exists"),
+    (HEAD + "cases:\n" + CASE.replace("erase", "{permeability: 1.5}"), "5:58: permeability: expected a number from 0"),
+    (HEAD + "cases:\n" + CASE.replace("nudity", '"*"'), '5:40: "*" stands for every rule, and no prompt touches all'),
+    (HEAD + "cases:\n" + CASE.replace("x,", "x, task: draw,"), "5:32: unknown task 'draw'."),
+    (HEAD + "cases:\n" + CASE.replace("x,", "x, now: soon,"), "5:31: now: expected a day that exists"),
 ]
 
 

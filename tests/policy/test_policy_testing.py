@@ -136,8 +136,8 @@ def test_a_rule_that_the_policy_has_not(tmp_path: Path) -> None:
     with pytest.raises(PolicyValidationError) as caught:
         run(tmp_path, "name: a, prompt: x, expect: {nudty: shut}", "name: b, prompt: x, expect: {styles/moné: shut}")
     assert [str(problem).split("policytest.yaml:")[1].split(" Known")[0] for problem in caught.value.problems] == [
-        "5:34: policy 'p' has no rule 'nudty'. Did you mean 'nudity'?",
-        "6:34: policy 'p' has no rule 'styles/moné'. Did you mean 'styles/monet'?",
+        "5:35: policy 'p' has no rule 'nudty'. Did you mean 'nudity'?",
+        "6:35: policy 'p' has no rule 'styles/moné'. Did you mean 'styles/monet'?",
     ]
 
 
@@ -155,9 +155,10 @@ def test_what_is_found_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find_cases(["strict"]) == [(home / "strict.yaml", home / "strict.policytest.yaml")]
     tests = tmp_path / "tests" / "mine.policytest.yaml"
     tests.parent.mkdir()
-    tests.write_text(HEAD.replace("p.yaml", "strict"), "utf-8")
+    case = "  - {name: a, prompt: x, expect: {nudity: shut}}\n"
+    tests.write_text(HEAD.replace("p.yaml", "strict") + case, "utf-8")
     assert find_cases([tests]) == [(home / "strict.yaml", tests)]
-    tests.write_text(HEAD.replace("p.yaml", "../p.yaml"), "utf-8")
+    tests.write_text(HEAD.replace("p.yaml", "../p.yaml") + case, "utf-8")
     (tmp_path / "p.yaml").write_text(POLICY, "utf-8")
     (tmp_path / "q.yaml").write_text(POLICY, "utf-8")
     (tmp_path / "other.yaml").write_text("a: 1\n", "utf-8")
