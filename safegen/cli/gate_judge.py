@@ -46,11 +46,12 @@ class GateJudge:
         ]
         with request_context(**context_of(case)):
             decisions = self._gatekeeper.decide(self._backend.encode(ids), origins, evidence=False)
+            by_words = {rule.id for rule in self._gatekeeper.view().rules if rule.effective != "erase"}
         opened: dict[str, float] = {}
         for activation in (one for decision in decisions for one in decision.activations):
             rule = activation.installed.rule.id
             opened[rule] = max(opened.get(rule, 0.0), activation.permeability)
-        named = {hit.rule for hit in decisions[0].hits}
+        named = {hit.rule for hit in decisions[0].hits} & by_words
         found: list[Seen] = []
         for seen in self._words.judge(case, now):
             permeability = opened.get(seen.rule, 0.0)

@@ -72,13 +72,16 @@ def lint(
             for one in findings
         ]
         write_sarif(sarif, {one.id: one.summary for one in LINTS}, reported)
+    failed = any(LEVELS.index(one.level) >= LEVELS.index(fail_on.value) for one in findings)
     if as_json:
-        show_json({"files": [str(path) for path in files], "findings": [_values(one) for one in findings]})
+        show_json(
+            {"ok": not failed, "files": [str(path) for path in files], "findings": [_values(one) for one in findings]}
+        )
     else:
         for one in findings:
             show(f"{one.place}: {one.level} {one.lint}: {one.message}")
         say(f"{len(files)} {'policy' if len(files) == 1 else 'policies'}, {len(findings)} findings")
-    if any(LEVELS.index(one.level) >= LEVELS.index(fail_on.value) for one in findings):
+    if failed:
         raise typer.Exit(1)
 
 

@@ -90,7 +90,9 @@ class Expected(Strict):
     @property
     def shuts(self) -> bool:
         """Whether a rule that is always fully open would fail this."""
-        return self.action == "shut" or (self.permeability is not None and not self.permeability.holds(1.0))
+        if self.action is not None:
+            return self.action == "shut"
+        return self.permeability is not None and not self.permeability.holds(1.0)
 
 
 class Case(Strict):

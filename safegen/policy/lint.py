@@ -21,7 +21,7 @@ from safegen.policy.fields import Severity
 from safegen.policy.load import check_policy
 from safegen.policy.schema import Policy
 from safegen.policy.settings import rule_settings, taken
-from safegen.policy.testing import coverage
+from safegen.policy.testing import cases_beside, coverage
 from safegen.policy.yaml11 import misread
 
 Level = Literal["error", "warning", "note"]
@@ -125,8 +125,8 @@ def subject_of(path: Path, catalogue: Catalogue, today: date) -> Subject:
     policy, problems = check_policy(path, catalogue=catalogue)
     if policy is None or problems:
         raise PolicyValidationError(problems)
-    beside = path.with_name(path.stem + SUFFIX)
-    cases = read_cases(beside) if beside.is_file() else None
+    beside = cases_beside(path)
+    cases = read_cases(beside) if beside is not None else None
     return Subject(path, read_document(path), policy, cases, catalogue, today)
 
 
@@ -222,7 +222,7 @@ def _redundant(subject: Subject) -> Found:
         heirs = {wider.get(concept) for concept in mine}
         if mine and len(heirs) == 1 and (heir := heirs.pop()) is not None and _alike(subject.policy, index, heir):
             text = (
-                f"rule {rule['id']!r} does what the wider rule {rules[heir].id!r} does for {rule['concept']} anyway; "
+                f"rule {rule['id']!r} does what the wider rule {rules[heir].id!r} does for {rules[index].concept} anyway; "
                 "remove it, or state what is different"
             )
             yield subject.document.position(("rules", own, "concept")), text
@@ -288,7 +288,7 @@ LINTS: Sequence[Lint] = (
     Lint("SG003", "lets-through", "error", "Mode enforce, but a missing membrane lets prompts pass.", _lets_through),
     Lint("SG004", "membrane-not-pinned", "warning", "A membrane whose card does not state its sha256.", _unpinned),
     Lint("SG005", "yaml-1.1-scalar", "warning", "A value that YAML 1.1 tools read as another one.", _misread_scalar),
-    Lint("SG006", "redundant-rule", "warning", "A rule that a wider rule makes redundant.", _redundant),
+    Lint("SG006", "redundant-rule", "note", "A rule that a wider rule makes redundant.", _redundant),
     Lint("SG007", "image-tasks-left-out", "warning", "A rule that does not apply to img2img or inpaint.", _text_only),
     Lint("SG008", "empty-reason", "warning", "An override or exception whose reason says nothing.", _empty_reason),
     Lint("SG009", "foreign-membrane", "error", "A membrane that was made for another base model.", _of_another_base),

@@ -6,22 +6,25 @@ membrane taken as installed. The whole gate judges where a model is given (`safe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from safegen.errors import PolicyNotFoundError, PolicyValidationError, Problem
 from safegen.policy.cases import EVERY_RULE, SUFFIX, Case, Cases, Expected, read_cases, unknown_rules
 from safegen.policy.catalogue import load_catalogue
 from safegen.policy.context import TASK, utc_now
-from safegen.policy.document import Place
+from safegen.policy.document import Place, read_document
 from safegen.policy.fields import Action
 from safegen.policy.hits import lexical_hits
 from safegen.policy.load import find_policy, load_policy
 from safegen.policy.resolve import ResolvedRule, resolve
 from safegen.policy.schema import Policy
+
+_MAY_BE_POLICY = re.compile(rb"kind[\"']?\s*:\s*[\"']?Policy\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Seen:
 
     Attributes:
         rule: Id of the resolved rule.
-        touched: Whether the prompt names the concept, or opens its membrane.
+        touched: Whether the prompt opens its membrane, or names the concept of a rule that acts by words.
         action: What the policy asks for, for this caller on this day; a membrane that is missing changes nothing here.
         permeability: How far the membrane opens.
         words: The phrases found.
@@ -85,7 +88,8 @@ def _seen(rule: ResolvedRule, words: tuple[str, ...]) -> Seen:
     permeability = 1.0 if opened else rule.transport.least
     if rule.effective == "flag":
         permeability = 0.0
-    return Seen(rule.id, bool(words) or permeability > 0, rule.effective, permeability, words)
+    named = bool(words) and rule.effective != "erase"
+    return Seen(rule.id, named or permeability > 0, rule.effective, permeability, words)
 
 
 def context_of(case: Case) -> Mapping[str, str]:
@@ -164,9 +168,14 @@ def find_cases(paths: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
             found[_policy_of(path), path] = None
         else:
             policy = find_policy(given)
-            beside = policy.with_name(policy.stem + SUFFIX)
-            found[policy, beside if beside.is_file() else None] = None
+            found[policy, cases_beside(policy)] = None
     return list(found)
+
+
+def cases_beside(policy: Path) -> Path | None:
+    """Returns the file of cases that stands beside a policy and tests it; None where there is none."""
+    beside = policy.with_name(policy.stem + SUFFIX)
+    return beside if beside.is_file() and _policy_of(beside).resolve() == policy.resolve() else None
 
 
 def policies_in(folder: Path) -> list[Path]:
@@ -193,8 +202,11 @@ def _policy_of(cases: Path) -> Path:
 
 
 def _is_policy(path: Path) -> bool:
-    with path.open("rb") as file:
-        return any(line.split() == [b"kind:", b"Policy"] for line in file)
+    # Files of concepts are large: what is no policy by its text is not parsed.
+    if not _MAY_BE_POLICY.search(path.read_bytes()):
+        return False
+    content = read_document(path).value
+    return isinstance(content, dict) and cast("dict[str, Any]", content).get("kind") == "Policy"
 
 
 def run_cases(

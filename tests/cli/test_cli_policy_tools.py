@@ -14,7 +14,8 @@ import pytest
 from cli_world import FOX, GHOST, HEAD, ROBOT, Run, World, complaint
 
 import safegen
-from safegen.policy.lint import LINTS
+from safegen.cli.lint import FailOnLevel
+from safegen.policy.lint import LEVELS, LINTS
 
 CASES = """\
 apiVersion: safegen.dev/v1
@@ -182,6 +183,7 @@ def test_lint(run: Run, policy: Path, tmp_path: Path) -> None:
     results = check_sarif(json.loads((tmp_path / "lint.sarif").read_text("utf-8")))
     assert [r["ruleId"] for r in results] == ["SG001", "SG003", "SG001", "SG001"]
     found = json.loads(run("lint", policy, "--json").stdout)
+    assert not found["ok"]
     assert found["findings"][1] | {"message": ""} == {
         "lint": "SG003", "level": "error", "file": str(policy), "line": 5, "column": 89, "message": "",
     }  # fmt: skip
@@ -191,7 +193,8 @@ def test_lint_fails_on_the_level_that_is_asked_for(run: Run, policy: Path) -> No
     policy.with_name("tiny.policytest.yaml").unlink()
     assert run("lint", policy).exit_code == 1
     assert run("lint", policy, "--fail-on", "error").exit_code == 0
-    assert {one.level for one in LINTS} == {"warning", "error"}
+    assert run("lint", policy, "--fail-on", "note").exit_code == 1
+    assert {one.level for one in LINTS} == {level.value for level in FailOnLevel} == set(LEVELS)
 
 
 def test_lint_looks_at_membranes_of_a_base(run: Run, policy: Path, world: World) -> None:

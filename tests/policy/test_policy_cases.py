@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from safegen.errors import PolicyValidationError
-from safegen.policy.cases import Bound, Expected, read_cases
+from safegen.policy.cases import Bound, Case, CaseFile, Expected, read_cases
+from safegen.policy.catalogue import Concept, ConceptFile
 
 HEAD = "apiVersion: safegen.dev/v1\nkind: PolicyTest\npolicy: p.yaml\n"
 CASE = "  - {name: a, prompt: x, expect: {nudity: erase}}\n"
@@ -69,7 +70,7 @@ def test_bounds(bound: Bound, holds: tuple[float, ...], fails: tuple[float, ...]
         ({"permeability": "<=0.05"}, False, True),
         ({"permeability": 1}, True, False),
         ({"permeability": "<= 1"}, False, False),
-        ({"action": "flag", "permeability": 0}, True, True),
+        ({"action": "flag", "permeability": 0}, True, False),
     ],
 )
 def test_what_counts_as_opening_and_as_closing(expected: dict[str, object], opens: bool, shuts: bool) -> None:
@@ -112,3 +113,13 @@ def test_faults_have_places(tmp_path: Path, text: str, fault: str) -> None:
     with pytest.raises(PolicyValidationError) as caught:
         read_cases(path)
     assert str(caught.value.problems[0]).removeprefix(f"{path}:").startswith(fault), caught.value
+
+
+def test_every_key_is_documented() -> None:
+    docs = Path(__file__).parent.parent.parent / "docs"
+    for page, models in (
+        ("how-to/test-a-policy.md", (Case, CaseFile, Expected)),
+        ("reference/catalogue.md", (Concept, ConceptFile)),
+    ):
+        text = (docs / page).read_text("utf-8")
+        assert [name for model in models for name in model.model_fields if f"{name}" not in text] == [], page

@@ -157,6 +157,12 @@ def test_an_override_states_a_reason_that_a_reviewer_can_use(tmp_path: Path) -> 
     assert shown(found(tmp_path, policy + rule % "TBD")) == ["SG008 6:94"]
 
 
+def test_a_rule_that_states_only_what_differs_from_what_it_inherits(tmp_path: Path) -> None:
+    policy = HEAD + "extends: builtin://explicit-only\nrules:\n  - {id: nudity, strength: 3.0}\n"
+    assert found(tmp_path, policy) == []
+    assert shown(found(tmp_path, policy, CASES.replace("erase", "shut"))) == ["SG001 6:10"]
+
+
 def test_membranes_are_looked_at_where_a_base_is_named(tmp_path: Path) -> None:
     policy = HEAD + "rules:\n" + RULE
     good = MembraneFacts(tmp_path / "m.safetensors", "ab" * 32, "mini", f"File sha256 `{'ab' * 32}`")

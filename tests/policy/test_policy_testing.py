@@ -120,9 +120,29 @@ def test_floors_and_scores_are_read_without_a_model(tmp_path: Path) -> None:
         ("{least: 0.25}", "a man", "0.25"),
         ("{least: 0.25}", "a naked man", "1"),
         ("{score: direction}", "a naked man", "0"),
+        ("{score: [direction, lexical]}", "a naked man", "1"),
         ("{score: always}", "a man", "1"),
     ):
         assert outcomes(run(tmp_path, case % (prompt, bound), policy=head + transport % given)) == [()], given
+
+
+def test_a_rule_that_does_not_open_by_words_is_not_touched_by_them(tmp_path: Path) -> None:
+    head = POLICY.partition("rules:")[0] + "rules:\n  - {id: nudity, concept: nudity, category: explicit, "
+    case = "name: a, prompt: a naked man, expect: {nudity: %s}"
+    for given, expected in (("", "shut"), (", action: flag", "flag"), (", action: refuse", "refuse")):
+        policy = f"{head}transport: {{score: direction}}{given}}}\n"
+        assert outcomes(run(tmp_path, case % expected, policy=policy)) == [()], given
+
+
+def test_cases_that_stand_beside_another_policy_do_not_test_it(tmp_path: Path) -> None:
+    run(tmp_path, "name: a, prompt: x, expect: {nudity: shut}")
+    (tmp_path / "p.policytest.yaml").rename(tmp_path / "q.policytest.yaml")
+    (tmp_path / "q.yaml").write_text(POLICY, "utf-8")
+    assert find_cases([tmp_path / "q.yaml"]) == [(tmp_path / "q.yaml", None)]
+    assert find_cases([tmp_path]) == [
+        (tmp_path / "p.yaml", tmp_path / "q.policytest.yaml"),
+        (tmp_path / "q.yaml", None),
+    ]
 
 
 def test_a_policy_without_cases_is_a_suite_without_cases(tmp_path: Path) -> None:
@@ -160,7 +180,7 @@ def test_what_is_found_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find_cases([tests]) == [(home / "strict.yaml", tests)]
     tests.write_text(HEAD.replace("p.yaml", "../p.yaml") + case, "utf-8")
     (tmp_path / "p.yaml").write_text(POLICY, "utf-8")
-    (tmp_path / "q.yaml").write_text(POLICY, "utf-8")
+    (tmp_path / "q.yaml").write_text(POLICY.replace("kind: Policy", "'kind' : \"Policy\""), "utf-8")
     (tmp_path / "other.yaml").write_text("a: 1\n", "utf-8")
     found = find_cases([tmp_path])
     assert [(policy.resolve(), cases) for policy, cases in found] == [
