@@ -222,8 +222,8 @@ def _redundant(subject: Subject) -> Found:
         heirs = {wider.get(concept) for concept in mine}
         if mine and len(heirs) == 1 and (heir := heirs.pop()) is not None and _alike(subject.policy, index, heir):
             text = (
-                f"rule {rule['id']!r} does what the wider rule {rules[heir].id!r} does for {rules[index].concept} anyway; "
-                "remove it, or state what is different"
+                f"rule {rule['id']!r} does what the wider rule {rules[heir].id!r} does for {rules[index].concept} "
+                "anyway; remove it, or state what is different"
             )
             yield subject.document.position(("rules", own, "concept")), text
 
