@@ -20,11 +20,15 @@ NAME = "compiled.json"
 
 
 def read_compiled(folder: Path) -> dict[str, Any]:
-    """Returns the content of those files of a catalogue folder whose compiled form fits them, by file name."""
+    """Returns the content of those files of a catalogue folder whose compiled form fits them, by file name.
+
+    A compiled form that is missing or damaged fits none; nothing but time is lost.
+    """
     path = folder / NAME
-    if not path.is_file():
+    try:
+        known = cast("dict[str, dict[str, Any]]", json.loads(path.read_bytes()))
+    except (OSError, ValueError):
         return {}
-    known = cast("dict[str, dict[str, Any]]", json.loads(path.read_bytes()))
     return {
         name: one["content"]
         for name, one in known.items()
@@ -34,9 +38,11 @@ def read_compiled(folder: Path) -> dict[str, Any]:
 
 def compile_folder(folder: Path) -> str:
     """Returns the compiled form of all files of a catalogue folder."""
-    files = sorted(folder.glob("*.yaml"))
-    found = {path.name: {"sha256": _digest(path), "content": read_document(path).value} for path in files}
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":"), sort_keys=False) + "\n"
+    lines: list[str] = []  # one per file, so that edits of different files do not meet
+    for path in sorted(folder.glob("*.yaml")):
+        found = {"sha256": _digest(path), "content": read_document(path).value}
+        lines.append(f"{json.dumps(path.name)}:{json.dumps(found, ensure_ascii=False, separators=(',', ':'))}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _digest(path: Path) -> str:

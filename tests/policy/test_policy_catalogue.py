@@ -173,6 +173,8 @@ def test_an_edited_file_counts_and_not_its_compiled_form(tmp_path: Path, monkeyp
     assert read_compiled(folder).keys() == {one.name for one in folder.glob("*.yaml")}
     path.write_text(path.read_text("utf-8").replace("the Gioconda", "the smiling lady"), "utf-8")
     assert "memorised.yaml" not in read_compiled(folder)
+    (folder / "compiled.json").write_text('{"memorised.yaml": {"sha256"', "utf-8")
+    assert read_compiled(folder) == {}
     _shipped_catalogue.cache_clear()
     try:
         assert "the smiling lady" in load_catalogue().concepts["mona-lisa"].aliases
