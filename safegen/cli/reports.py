@@ -103,7 +103,6 @@ def junit(suites: Iterable[tuple[Path, Sequence[Checked]]]) -> str:
                 classname=plain(path.stem),
                 file=plain(path.as_posix()),
                 line=str(one.line),
-                time="0",
             )
             if one.failures:
                 failure = Xml.SubElement(case, "failure", message=plain(one.failures[0]), type="expectation")
