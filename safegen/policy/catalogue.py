@@ -154,7 +154,7 @@ def load_catalogue(*folders: Path) -> Catalogue:
 def _shipped_catalogue() -> Catalogue:
     folder = shipped("policies") / "concepts"
     compiled = read_compiled(folder)
-    if compiled.keys() < {path.name for path in folder.glob("*.yaml")}:
+    if not compiled or compiled.keys() != {path.name for path in folder.glob("*.yaml")}:
         return _read((folder,), phrases=False)
     return _together([ConceptFile.model_validate(content) for content in compiled.values()])
 

@@ -178,6 +178,11 @@ def test_an_edited_file_counts_and_not_its_compiled_form(tmp_path: Path, monkeyp
     _shipped_catalogue.cache_clear()
     try:
         assert "the smiling lady" in load_catalogue().concepts["mona-lisa"].aliases
+        _shipped_catalogue.cache_clear()
+        for one in folder.glob("*.yaml"):
+            one.unlink()
+        with pytest.raises(PolicyNotFoundError, match="no concept file"):
+            load_catalogue()
     finally:
         _shipped_catalogue.cache_clear()
 
