@@ -110,7 +110,7 @@ def _reported(suite: Suite) -> list[Reported]:
     from safegen.cli.reports import Reported
 
     if not suite.cases:
-        return [Reported("no-cases", "error", f"policy {suite.policy!r} has no test cases", suite.path)]
+        return [Reported("no-cases", "error", f"policy {suite.policy.metadata.id!r} has no test cases", suite.path)]
     failed = [
         Reported("case-failed", "error", f"{case.name}: {text}", suite.path, case.place.line, case.place.column)
         for case in suite.failed
@@ -125,7 +125,7 @@ def _checked(suite: Suite) -> list[Checked]:
     from safegen.cli.reports import Checked
 
     if not suite.cases:
-        return [Checked("cases", 1, (f"policy {suite.policy!r} has no test cases",))]
+        return [Checked("cases", 1, (f"policy {suite.policy.metadata.id!r} has no test cases",))]
     cases = [Checked(case.name, case.place.line, case.failures) for case in suite.cases]
     return cases + [
         Checked(f"coverage of rule {rule.rule}", 1, () if rule.covered else (_missing(rule),))
@@ -136,7 +136,7 @@ def _checked(suite: Suite) -> list[Checked]:
 def _values(suite: Suite) -> dict[str, object]:
     return {
         "file": str(suite.path),
-        "policy": suite.policy,
+        "policy": suite.policy.metadata.id,
         "cases": [
             {
                 "name": case.name,

@@ -131,7 +131,8 @@ def subject_of(path: Path, catalogue: Catalogue, today: date) -> Subject:
 
 
 def _untested(subject: Subject) -> Found:
-    covered = {one.rule: one for one in coverage(subject.policy, subject.cases)}
+    cases = subject.cases.content.cases if subject.cases is not None else ()
+    covered = {one.rule: one for one in coverage(subject.policy, cases)}
     for index, rule in subject.own("rules"):
         one = covered[rule["id"]]
         lacks = [text for text, count in (("opens it", one.opening), ("leaves it shut", one.closing)) if not count]

@@ -126,15 +126,20 @@ class Suite:
 
     Attributes:
         path: The file; of a policy without one, the file that it should have.
-        policy: Id of the policy.
+        policy: The policy.
         cases: In file order.
-        coverage: In rule order.
+        covering: The cases of this file and of all others that test the same policy.
     """
 
     path: Path
-    policy: str
+    policy: Policy
     cases: tuple[CaseResult, ...]
-    coverage: tuple[RuleCoverage, ...]
+    covering: Sequence[Case]
+
+    @property
+    def coverage(self) -> tuple[RuleCoverage, ...]:
+        """What the cases of all files that test the policy cover, in rule order."""
+        return coverage(self.policy, self.covering)
 
     @property
     def failed(self) -> tuple[CaseResult, ...]:
@@ -227,6 +232,7 @@ def run_cases(
     """
     day = today or utc_now().astimezone(UTC).date()
     suites: list[Suite] = []
+    covering: dict[Path, list[Case]] = {}  # the cases of all files that test a policy
     problems: list[Problem] = []
     for policy_path, cases_path in find_cases(paths):
         try:
@@ -240,7 +246,9 @@ def run_cases(
         if not problems:
             path = cases_path or policy_path.with_name(policy_path.stem + SUFFIX)
             results = tuple(_results(cases, judge, day)) if cases is not None else ()
-            suites.append(Suite(path, policy.metadata.id, results, coverage(policy, cases)))
+            together = covering.setdefault(policy_path.resolve(), [])
+            together += cases.content.cases if cases is not None else ()
+            suites.append(Suite(path, policy, results, together))
     if problems:
         raise PolicyValidationError(dict.fromkeys(problems))
     return tuple(suites)
@@ -254,13 +262,14 @@ def _results(cases: Cases, judge: Judge, day: date) -> Iterator[CaseResult]:
         yield CaseResult(case.name, cases.place(index), tuple(failures))
 
 
-def coverage(policy: Policy, cases: Cases | None) -> tuple[RuleCoverage, ...]:
+def coverage(policy: Policy, cases: Iterable[Case]) -> tuple[RuleCoverage, ...]:
     """Returns how many cases open each rule of a policy, and how many hold it shut."""
     found: list[RuleCoverage] = []
+    cases = tuple(cases)
     for rule in policy.rules:
         expected = [
             expectation
-            for case in (cases.content.cases if cases is not None else ())
+            for case in cases
             for name, expectation in case.expect.items()
             if name.split("/")[0] == rule.id or (name == EVERY_RULE and not _names(case, rule.id))
         ]

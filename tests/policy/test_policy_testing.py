@@ -52,7 +52,7 @@ def test_shipped_policies_pass_their_tests_and_all_rules_are_covered() -> None:
     suites = run_cases([shipped("policies")], words)
     assert [suite.path.name.removesuffix(".policytest.yaml") for suite in suites] == list(shipped_policies())
     assert [case for suite in suites for case in suite.failed] == []
-    assert [(suite.policy, rule) for suite in suites for rule in suite.coverage if not rule.covered] == []
+    assert [(suite.path, rule) for suite in suites for rule in suite.coverage if not rule.covered] == []
     assert all(len(suite.cases) >= 10 for suite in suites)
 
 
@@ -150,6 +150,17 @@ def test_a_policy_without_cases_is_a_suite_without_cases(tmp_path: Path) -> None
     (suite,) = run_cases([tmp_path / "p.yaml"], words)
     assert (suite.path, suite.cases) == (tmp_path / "p.policytest.yaml", ())
     assert not any(rule.covered for rule in suite.coverage)
+
+
+def test_several_files_cover_a_policy_together(tmp_path: Path) -> None:
+    run(tmp_path, "name: a, prompt: a naked man, expect: {nudity: refuse, styles: shut}")
+    case = "  - {name: a, prompt: by Van Gogh, expect: {nudity: shut, styles: erase}}\n"
+    (tmp_path / "more.policytest.yaml").write_text(HEAD + case, "utf-8")
+    suites = run_cases([tmp_path], words)
+    assert [len(suite.cases) for suite in suites] == [1, 1]
+    assert all(rule.covered for suite in suites for rule in suite.coverage)
+    (alone,) = run_cases([tmp_path / "p.yaml"], words)
+    assert not any(rule.covered for rule in alone.coverage)
 
 
 def test_a_rule_that_the_policy_has_not(tmp_path: Path) -> None:
