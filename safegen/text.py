@@ -182,6 +182,10 @@ class Match:
     start: int
     end: int
 
+    def inside(self, other: Match) -> bool:
+        """Tells whether this match lies within another of the same reading."""
+        return other.reading == self.reading and other.start <= self.start and self.end <= other.end
+
 
 class PhraseMatcher:
     """Finds which of many phrases stand in a text, in time linear in the text.

@@ -10,12 +10,26 @@ from typing import Annotated
 import typer
 
 from safegen._version import __version__
-from safegen.cli import audit, audit_verify, calibrate, convert, demo, explain, faults, generate, inspect, train
+from safegen.cli import (
+    audit,
+    audit_verify,
+    calibrate,
+    convert,
+    demo,
+    explain,
+    faults,
+    generate,
+    inspect,
+    lint,
+    test,
+    train,
+)
 from safegen.cli.faults import reported
 from safegen.cli.render import show, warn
 
 _EXIT_CODES = (
-    "Exit codes: 0 fine; 1 findings (a prompt was refused, a rule at or above --fail-on was touched); 2 usage; "
+    "Exit codes: 0 fine; 1 findings (a prompt was refused, a rule at or above --fail-on was touched, a policy test "
+    "failed, lint found something); 2 usage; "
     "3 invalid policy; 4 integrity (a damaged or foreign membrane, an unsupported pipeline, a log that was changed); "
     "5 internal.\n\n"
     "Example: safegen demo"
@@ -71,6 +85,8 @@ app.command("train", epilog=train.EXAMPLE)(reported()(train.train))
 app.command("convert", epilog=convert.EXAMPLE)(reported()(convert.convert))
 app.command("calibrate", epilog=calibrate.EXAMPLE)(reported()(calibrate.calibrate))
 app.command("explain", epilog=explain.EXAMPLE)(reported()(explain.explain))
+app.command("test", epilog=test.EXAMPLE)(reported()(test.run_tests))
+app.command("lint", epilog=lint.EXAMPLE)(reported()(lint.lint))
 app.command("inspect", epilog=inspect.EXAMPLE)(reported()(inspect.inspect))
 
 

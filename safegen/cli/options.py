@@ -46,6 +46,9 @@ Base = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and nothing else there.")]
 
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write a JUnit report (XML).")]
+Sarif = Annotated[Path | None, typer.Option("--sarif", metavar="FILE", help="Also write a SARIF log (JSON).")]
+
 
 def policy_for(policy: str | None, model: str) -> str:
     """Returns the policy to use: the one given, or the shipped one that fits the model."""

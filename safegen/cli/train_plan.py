@@ -98,8 +98,8 @@ def calibration_prompts(concept: str, targets: Sequence[str], captions: Path | N
     templates = STYLE if found is not None and found.category == "artist-style" else THING
     names = dict.fromkeys((*targets, *(found.aliases if found else ())))
     others = [c.name for c in catalogue.concepts.values() if found is None or c.category == found.category]
-    benign = around(found.benign, templates[:3]) if found else []
-    return Wording(around(tuple(names), templates), [*pool, *around(others, templates[:3]), *EVERYDAY], benign)
+    close = around((*found.benign, *found.neighbours), templates[:3]) if found else []
+    return Wording(around(tuple(names), templates), [*pool, *around(others, templates[:3]), *EVERYDAY], close)
 
 
 def _mini_concepts() -> set[str]:
@@ -139,7 +139,7 @@ def _catalogue_plan(concept: str) -> Plan:
         hint = did_you_mean(concept, catalogue.concepts)
         raise UsageError(f"--concept {concept}: the concept catalogue has none of that id.{hint}")
     matcher = PhraseMatcher(found.phrases)
-    others = [other.name for other in catalogue.concepts.values() if other.id != concept]
+    others = [*found.neighbours, *(other.name for other in catalogue.concepts.values() if other.id != concept)]
     others = [name for name in others if name in found.benign or not matcher.find(name)]
     templates = _STYLE if found.category == "artist-style" else _THING
     return Plan(concept, (found.name, *found.aliases)[:_ALIASES], templates, tuple(others))

@@ -19,7 +19,7 @@ from safegen.mini.examine import draw_images
 from safegen.mini.judge import Judge
 
 Group = Literal["target", "neighbour", "unrelated"]
-NEAREST = 5  # neighbours that the text encoder names; `zoo.ALIKE` names more
+NEAREST = 5  # neighbours that the text encoder names; the concept catalogue names more
 
 _SHIPPED = tuple(zoo.find(concept) for concept in zoo.CONCEPTS)
 # Prompts that are not about a shipped concept name none of them either.
@@ -50,7 +50,7 @@ def neighbours(pipe: Any, concept: str) -> tuple[str, ...]:
     """Returns the names of what is close to a concept: objects for an object, styles for a style.
 
     First the five nearest by the text encoder (cosine of the mean hidden states of the bare names, less that of the
-    empty prompt), then those that `zoo.ALIKE` names by hand. Other shipped concepts are never among them.
+    empty prompt), then those of the concept catalogue, named by hand. Other shipped concepts are never among them.
     """
     entry = zoo.find(concept)
     pool: Sequence[Object | Style] = _FREE_OBJECTS if isinstance(entry, Object) else _FREE_STYLES
@@ -61,7 +61,7 @@ def neighbours(pipe: Any, concept: str) -> tuple[str, ...]:
     states = states - states[-1]
     cosines = torch.nn.functional.cosine_similarity(states[1:-1], states[:1])
     nearest = cosines.argsort(descending=True)[:NEAREST].tolist()
-    return tuple(dict.fromkeys((*(pool[k].name for k in nearest), *zoo.ALIKE[concept])))
+    return tuple(dict.fromkeys((*(pool[k].name for k in nearest), *zoo.alike(concept))))
 
 
 def unrelated_objects(pipe: Any) -> tuple[Object, ...]:

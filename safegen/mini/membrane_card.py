@@ -95,7 +95,7 @@ every prompt (γ = 1, no gate)**:
 Measured by `python -m safegen.mini.measure_zoo --concept {concept} --images {images}`.
 
 - Neighbours: {near}. They are the nearest by the text encoder, and those that a person might confuse with it or that
-  look alike, named by hand (`safegen.mini.zoo.ALIKE`).
+  look alike, named by hand (`policies/concepts/mini.yaml`).
 - Other things are neither shipped concepts nor neighbours of any of them.
 
 Under a policy the gate keeps it exactly shut for the last two groups, and their images come out bit for bit as without

@@ -9,20 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safegen.mini.catalogue import OBJECTS, STYLES, Object, Style, with_article
+from safegen.policy.catalogue import load_catalogue
 from safegen.transport.phrasing import STYLE, THING, around
 
 CONCEPTS = ("ghost", "robot", "santa-claus", "popart", "blueprint", "bicycle")
-
-# What a person might confuse with a shipped concept, or what looks alike; named by hand, since the text encoder knows
-# words and not looks. None is a shipped concept itself: where all membranes are installed, those are erased too.
-ALIKE: dict[str, tuple[str, ...]] = {
-    "ghost": ("skull", "snowman", "vampire", "zombie", "jack o lantern"),
-    "robot": ("alien", "space invader", "astronaut", "superhero", "television"),
-    "santa-claus": ("mrs claus", "snowman", "wizard", "genie", "gift"),
-    "popart": ("noto", "clay", "ink", "pixel"),
-    "blueprint": ("noto", "clay", "ink", "pixel"),
-    "bicycle": ("motorcycle", "car", "bus", "locomotive", "sunglasses"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +40,18 @@ def find(concept: str) -> Object | Style:
     raise KeyError(concept)
 
 
+def alike(concept: str) -> tuple[str, ...]:
+    """Returns what a person might take for a concept of safegen-mini, or what looks alike: the catalogue's neighbours.
+
+    They are named by hand, since the text encoder knows words and not looks. None of a shipped concept's is shipped
+    itself: where all membranes are installed, those are erased too.
+    """
+    return load_catalogue().concepts[concept].neighbours
+
+
 def near(concept: str) -> list[str]:
-    """Returns prompts of what `ALIKE` names for a shipped concept, worded as its own are; none for another concept."""
-    names = ALIKE.get(concept, ())
+    """Returns prompts of what is `alike` to a concept, worded as its own are."""
+    names = alike(concept)
     wording = STYLE if isinstance(find(concept), Style) else THING
     templates = (*wording, *(template for template, _ in plan(concept).templates))
     return around((*names, *(f"a {name}" for name in names)), templates)

@@ -6,12 +6,13 @@ takes the world only, so that a policy written for real models does not start re
 
 The name of a concept is a phrase like its aliases and counts wherever it stands in a prompt. So it must be
 unambiguous: "The Incredible Hulk", not "Hulk". Where an unambiguous phrase has harmless uses, `benign` lists them: a
-phrase found inside one of those does not count.
+phrase found inside one of those does not count. `neighbours` are no phrases to look for but prompts to keep: what is
+close to the concept and may be drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from pydantic import Field, StrictBool, field_validator
 from pydantic_core import PydanticCustomError
 
 from safegen.errors import PolicyNotFoundError, PolicyValidationError, Problem
+from safegen.policy.compiled import read_compiled
+from safegen.policy.concept_check import Owners, phrase_faults
 from safegen.policy.document import Document, read_document
 from safegen.policy.faults import in_document_order, validate
 from safegen.policy.schema import Category, Kebab, Strict, spelled
@@ -28,7 +31,16 @@ from safegen.resources import shipped
 from safegen.text import normalise
 
 Phrase = Annotated[str, Field(min_length=1, max_length=200)]
-Language = Annotated[str, spelled(r"[a-z]{2,3}(-[A-Za-z]{2,4})?", "a language code (like pt or zh-TW)")]
+Language = Annotated[str, spelled(r"[a-z]{2}(-[A-Za-z]{2,4})?", "a language code (like pt or zh-TW)")]
+
+# ISO 639-1, the two-letter codes of languages, by their first letter. "jp", "cn" and the like are countries.
+_SECOND_LETTERS = {
+    "a": "abefkmnrsvyz", "b": "aegimnors", "c": "aehorsuvy", "d": "aevz", "e": "elnostu", "f": "afijory",
+    "g": "adlnuv", "h": "aeiortuyz", "i": "adegikostu", "j": "av", "k": "agijklmnorsuvwy", "l": "abginotuv",
+    "m": "ghiklnrsty", "n": "abdeglnorvy", "o": "cjmrs", "p": "ailst", "q": "u", "r": "mnouw",
+    "s": "acdegiklmnoqrstuvw", "t": "aeghiklnorstwy", "u": "gkrz", "v": "eio", "w": "ao", "x": "h", "y": "io",
+    "z": "ahu",
+}  # fmt: skip
 
 
 class Concept(Strict):
@@ -42,6 +54,8 @@ class Concept(Strict):
         aliases: Further phrases, in English or used across languages.
         languages: Phrases by language code.
         benign: Phrases in which a match does not count ("nude lipstick").
+        neighbours: What is close to the concept and must still be drawn ("a marble statue"); calibrations hold the
+            gate shut on them, evaluations draw them.
     """
 
     id: Kebab
@@ -51,8 +65,9 @@ class Concept(Strict):
     aliases: tuple[Phrase, ...] = ()
     languages: Mapping[Language, tuple[Phrase, ...]] = {}
     benign: tuple[Phrase, ...] = ()
+    neighbours: tuple[Phrase, ...] = ()
 
-    @field_validator("name", "aliases", "benign")
+    @field_validator("name", "aliases", "benign", "neighbours")
     @classmethod
     def _check_phrases(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for phrase in (value,) if isinstance(value, str) else value:
@@ -86,12 +101,14 @@ class ConceptFile(Strict):
         apiVersion: Version of this schema.
         kind: Always `Concepts`.
         collection: `world`, or `mini` for the stand-ins of safegen-mini, which no wildcard takes.
+        sources: Where the names come from, and what they were checked against; for those who review the file.
         concepts: At least one.
     """
 
     apiVersion: Literal["safegen.dev/v1"]  # noqa: N815 - the document's own spelling, as in Kubernetes
     kind: Literal["Concepts"]
     collection: Literal["world", "mini"]
+    sources: Annotated[tuple[Phrase, ...], Field(min_length=1)]
     concepts: Annotated[tuple[Concept, ...], Field(min_length=1)]
 
 
@@ -119,7 +136,8 @@ def load_catalogue(*folders: Path) -> Catalogue:
     """Reads a concept catalogue.
 
     Args:
-        folders: Folders of `*.yaml` files, read in order; the shipped catalogue if none is given (read once).
+        folders: Folders of `*.yaml` files, read in order; the shipped catalogue if none is given (read once, and
+            without the checks between phrases, which its tests make).
 
     Returns:
         The concepts of all files together.
@@ -129,19 +147,23 @@ def load_catalogue(*folders: Path) -> Catalogue:
         PolicySyntaxError: A file is not YAML, or YAML that safegen refuses.
         PolicyValidationError: Faults in the content; `problems` lists those of all files.
     """
-    return _read(folders) if folders else _shipped_catalogue()
+    return _read(folders, phrases=True) if folders else _shipped_catalogue()
 
 
 @cache
 def _shipped_catalogue() -> Catalogue:
-    return _read((shipped("policies") / "concepts",))
+    folder = shipped("policies") / "concepts"
+    compiled = read_compiled(folder)
+    if not compiled or compiled.keys() != {path.name for path in folder.glob("*.yaml")}:
+        return _read((folder,), phrases=False)
+    return _together([ConceptFile.model_validate(content) for content in compiled.values()])
 
 
-def _read(folders: tuple[Path, ...]) -> Catalogue:
-    concepts: dict[str, Concept] = {}
-    world: set[str] = set()
+def _read(folders: tuple[Path, ...], *, phrases: bool) -> Catalogue:
+    contents: list[ConceptFile] = []
     problems: list[Problem] = []
     origin: dict[str, str] = {}
+    owners: dict[str, Owners] = {"world": {}, "mini": {}}
     for folder in folders:
         paths = sorted(folder.glob("*.yaml"))
         if not paths:
@@ -149,13 +171,28 @@ def _read(folders: tuple[Path, ...]) -> Catalogue:
         for path in paths:
             document = read_document(path)
             content, faults = validate(ConceptFile, document)
-            problems += in_document_order([*faults, *(_file_faults(content, document, origin) if content else ())])
             if content is not None:
-                concepts |= {concept.id: concept for concept in content.concepts}
-                world |= {concept.id for concept in content.concepts if content.collection == "world"}
+                faults += _file_faults(content, document, origin)
+                if phrases:
+                    faults += _phrase_faults(content, document, owners[content.collection])
+                contents.append(content)
+            problems += in_document_order(faults)
     if problems:
         raise PolicyValidationError(problems)
-    return Catalogue(concepts, frozenset(world))
+    return _together(contents)
+
+
+def _together(contents: Sequence[ConceptFile]) -> Catalogue:
+    concepts = [(concept, content.collection) for content in contents for concept in content.concepts]
+    return Catalogue(
+        {concept.id: concept for concept, _ in concepts},
+        frozenset(concept.id for concept, collection in concepts if collection == "world"),
+    )
+
+
+def _phrase_faults(content: ConceptFile, document: Document, owners: Owners) -> Iterator[Problem]:
+    for index, concept in enumerate(content.concepts):
+        yield from phrase_faults(concept, ("concepts", index), document, owners)
 
 
 def _file_faults(content: ConceptFile, document: Document, origin: dict[str, str]) -> list[Problem]:
@@ -173,4 +210,8 @@ def _file_faults(content: ConceptFile, document: Document, origin: dict[str, str
                 "state `living: true` or `living: false`" if artist else "`living` is for artists only; remove it"
             )
             faults.append(document.problem(here, f"concept {concept.id!r}: {expected}"))
+        for code in concept.languages:
+            if code[1] not in _SECOND_LETTERS.get(code[0], ""):
+                text = f"unknown language {code!r}; expected a code of ISO 639-1 (ja for Japanese, zh for Chinese)"
+                faults.append(document.problem(("concepts", index, "languages", code), text, key=True))
     return faults

@@ -82,5 +82,5 @@ def test_the_shipped_concepts_are_three_characters_two_styles_and_an_everyday_ob
 @pytest.mark.parametrize("concept", zoo.CONCEPTS)
 def test_what_is_alike_can_be_drawn_and_is_of_the_same_kind_and_not_shipped(concept: str) -> None:
     kind = OBJECT_NAMES if zoo.find(concept).name in OBJECT_NAMES else STYLE_NAMES
-    assert len(set(zoo.ALIKE[concept])) >= 4
-    assert set(zoo.ALIKE[concept]) <= set(kind) - {zoo.find(shipped).name for shipped in zoo.CONCEPTS}
+    assert len(set(zoo.alike(concept))) >= 4
+    assert set(zoo.alike(concept)) <= set(kind) - {zoo.find(shipped).name for shipped in zoo.CONCEPTS}

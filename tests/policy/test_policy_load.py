@@ -72,7 +72,7 @@ SCHEMA_FAULTS = [
     (HEAD + RULE.replace("nudity", "nudty"), ["5:22: unknown concept 'nudty'. Did you mean 'nudity'?", CONCEPTS]),
     (HEAD + RULE.replace("nudity", "explicit"), ["5:22: unknown concept 'explicit'. Did you mean 'explicit/*'?"]),
     (HEAD + RULE.replace("nudity", "explict/*"), ["5:22: unknown concept 'explict/*'. Did you mean 'explicit/*'?"]),
-    (HEAD + RULE.replace("nudity", "custom/*"), ["5:22: unknown concept 'custom/*'"]),
+    (HEAD + RULE.replace("nudity", "object/*"), ["5:22: unknown concept 'object/*'"]),
     (HEAD + RULE.replace("explicit", "object"), ["5:40: concept 'nudity' is of category explicit, not object"]),
     (HEAD + RULE + RULE.splitlines()[1] + "\n", ["6:10: rule id 'a' is taken by rule 1"]),
     (HEAD + RULE + "audit: {on_failure: degrade}\n", ["6:21: degrade does not go with mode enforce"]),
@@ -171,8 +171,20 @@ def test_scalars_follow_the_yaml_12_core_schema(text: str, value: object) -> Non
 
 
 def test_shipped_policies_load() -> None:
-    assert shipped_policies() == ("mini-strict", "strict")
-    assert [load_policy(name).metadata.id for name in shipped_policies()] == ["mini-strict", "strict"]
+    assert shipped_policies() == (
+        "artists", "balanced", "explicit-only", "ip-characters", "kids", "mini-strict", "observe-only", "strict",
+    )  # fmt: skip
+    assert [load_policy(name).metadata.id for name in shipped_policies()] == list(shipped_policies())
+
+
+def test_observe_only_has_the_rules_of_strict() -> None:
+    observed, strict = load_policy("observe-only"), load_policy("strict")
+    plain = {"description": ""}
+    assert [rule.model_copy(update=plain) for rule in observed.rules] == [
+        rule.model_copy(update=plain) for rule in strict.rules
+    ]
+    assert (observed.mode, strict.mode) == ("observe", "enforce")
+    assert observed.defaults.model_dump() == strict.defaults.model_dump()
 
 
 def test_find_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
