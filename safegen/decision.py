@@ -9,7 +9,8 @@ from typing import Literal
 from safegen.backend.base import Backend
 from safegen.errors import FormatError
 from safegen.membrane.weights import Membrane
-from safegen.policy.resolve import Hit, ResolvedRule
+from safegen.policy.hits import Hit
+from safegen.policy.resolve import ResolvedRule
 from safegen.transport import calibration
 from safegen.transport.curve import Curve
 from safegen.transport.evidence import Trigger

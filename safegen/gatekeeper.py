@@ -10,7 +10,8 @@ from torch import Tensor
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import Origin
 from safegen.decision import Activation, Decision, Encoders, Installed, Outcome, target_of, uncalibrated
-from safegen.policy.resolve import Hit, ResolvedPolicy, ResolvedRule, lexical_hits, located_hits
+from safegen.policy.hits import Hit, lexical_hits, located_hits
+from safegen.policy.resolve import ResolvedPolicy, ResolvedRule
 from safegen.transport.encoding import Token
 from safegen.transport.evidence import Trigger, token_evidence, triggers
 from safegen.transport.sentence import SentenceEncoder

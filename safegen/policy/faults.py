@@ -16,6 +16,8 @@ M = TypeVar("M", bound=BaseModel)
 
 CONSISTENCY = "consistency"
 """Error type of faults between fields, which the loader reports itself with their positions."""
+UNKNOWN = "unknown"
+"""Error type of values that are none of a set; the message says all, with a suggestion."""
 
 
 def validate(model: type[M], document: Document) -> tuple[M | None, list[Problem]]:
@@ -26,25 +28,35 @@ def validate(model: type[M], document: Document) -> tuple[M | None, list[Problem
         document: The parsed document.
 
     Returns:
-        The instance, or None, and the faults found; at least one of the two is present, save for faults between
-        fields, which leave both empty.
+        The instance, or None, and the faults found: those of the model, and words that YAML 1.1 reads as a switch.
+        Faults between fields leave both empty.
     """
     if not isinstance(document.value, dict):
         return None, [document.problem((), f"expected keys and values, found {_shown(document.value)}")]
+    instance: M | None = None
+    faults: list[Problem] = []
     try:
-        return model.model_validate(document.value), []
+        instance = model.model_validate(document.value)
     except ValidationError as error:
-        return None, [_problem(model, document, fault) for fault in error.errors(include_url=False) if _counts(fault)]
+        faults = [_problem(model, document, fault) for fault in error.errors(include_url=False) if _counts(fault)]
+    told = {fault.where for fault in faults}
+    text = (
+        "yes, no, on and off without quotes are true or false to YAML 1.1 tools; quote the word, or write true or false"
+    )
+    faults += [Problem(str(place), text) for place in document.switches.values() if str(place) not in told]
+    return instance, faults
 
 
 def in_document_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Returns problems sorted by line and column, each once."""
+    """Returns problems sorted by line and column, each once; those of several files in the order of their files."""
+    found = list(dict.fromkeys(problems))
+    files = list(dict.fromkeys(problem.where.rsplit(":", 2)[0] for problem in found))
 
-    def place(problem: Problem) -> tuple[int, int]:
-        _, line, column = problem.where.rsplit(":", 2)
-        return int(line), int(column)
+    def place(problem: Problem) -> tuple[int, int, int]:
+        source, line, column = problem.where.rsplit(":", 2)
+        return files.index(source), int(line), int(column)
 
-    return tuple(sorted(dict.fromkeys(problems), key=place))
+    return tuple(sorted(found, key=place))
 
 
 def _counts(fault: ErrorDetails) -> bool:
@@ -59,6 +71,8 @@ def _problem(model: type[BaseModel], document: Document, fault: ErrorDetails) ->
     name = str(loc[-1]) if loc else "document"
     if kind == "extra_forbidden":
         return document.problem(loc, f"unknown key {name!r}.{did_you_mean(name, _fields(model, loc[:-1]))}", key=True)
+    if kind == UNKNOWN:
+        return document.problem(loc, fault["msg"])
     if kind == "missing":
         return document.problem(loc, f"missing key {name!r}")
     if isinstance(loc[-1] if loc else None, int):  # an entry of a list goes by the name of the list

@@ -10,8 +10,10 @@ import pytest
 from safegen.errors import PolicyNotFoundError, PolicyValidationError
 from safegen.mini.catalogue import OBJECTS, STYLES
 from safegen.policy.catalogue import Catalogue, load_catalogue
+from safegen.policy.context import utc_now
+from safegen.policy.hits import lexical_hits
 from safegen.policy.load import load_policy
-from safegen.policy.resolve import ResolvedPolicy, lexical_hits, resolve
+from safegen.policy.resolve import ResolvedPolicy, resolve
 from safegen.text import normalise, phrase_matches
 
 ORDINARY = """
@@ -108,7 +110,7 @@ def catalogue() -> Catalogue:
 
 @pytest.fixture(scope="module")
 def strict(catalogue: Catalogue) -> ResolvedPolicy:
-    return resolve(load_policy("strict"), catalogue, available=())
+    return resolve(load_policy("strict"), catalogue, available=(), now=utc_now())
 
 
 def test_counts(catalogue: Catalogue) -> None:
