@@ -9,6 +9,7 @@ from typing import Literal
 from safegen.backend.base import Backend
 from safegen.errors import FormatError
 from safegen.membrane.weights import Membrane
+from safegen.policy.fields import Action
 from safegen.policy.hits import Hit
 from safegen.policy.resolve import ResolvedRule
 from safegen.transport import calibration
@@ -79,6 +80,15 @@ class Activation:
 
 
 @dataclass(frozen=True, slots=True)
+class Excepted:
+    """A rule that a prompt touches, and that acts more mildly for this caller: `action` by the exception of this id."""
+
+    exception: str
+    rule: str
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What the policy decides for one row of conditioning.
 
@@ -91,6 +101,7 @@ class Decision:
         rule: The rule that decided; None for `allow`.
         reason: One sentence for people.
         truncated: How many tokens of `text` the model does not read, because they are past its window.
+        exceptions: The exceptions that made a difference: their rules are touched, and do less than they would.
     """
 
     text: str | None
@@ -101,6 +112,12 @@ class Decision:
     rule: ResolvedRule | None
     reason: str
     truncated: int = 0
+    exceptions: tuple[Excepted, ...] = ()
+
+    @property
+    def verdict(self) -> Literal["match", "clear"]:
+        """What was found, whatever is done about it: whether a rule is touched."""
+        return "clear" if self.outcome == "allow" else "match"
 
 
 class Encoders(Mapping[str, str]):

@@ -109,7 +109,7 @@ def _override_faults(document: Mapping[str, Any]) -> Iterator[tuple[Loc, str]]:
         reason: Any = part.get("reason")
         if part.get("override") is True and not (isinstance(reason, str) and reason.strip()):
             yield (*loc, "override"), "override: true needs a reason beside it: why may this be looser than the parent?"
-        if "reason" in part and part.get("override") is not True:
+        if reason and part.get("override") is not True:
             yield (*loc, "reason"), "reason goes with override: true; use description for anything else"
     for loc, part in (*whole, *rules, *exceptions):
         if part.get("override") is True and not extends:

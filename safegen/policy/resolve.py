@@ -137,7 +137,9 @@ class ResolvedPolicy:
         context, today = checked(context), now.astimezone(UTC).date()
         holding = [exception for exception in self.exceptions if exception.holds(context, today)]
         task = context.get(TASK)
-        rules = tuple(_excepted(rule, holding) for rule in self.every_rule if task is None or task in rule.applies_to)
+        rules = self.every_rule
+        if holding or task is not None:
+            rules = tuple(_excepted(rule, holding) for rule in rules if task is None or task in rule.applies_to)
         return replace(self, rules=rules)
 
 
