@@ -11,16 +11,26 @@ from torch import Tensor
 
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import Origin
-from safegen.decision import Activation, Decision, Encoders, Excepted, Installed, Outcome, target_of, uncalibrated
+from safegen.decision import (
+    GRAVITY,
+    Activation,
+    Decision,
+    Encoders,
+    Installed,
+    Outcome,
+    excepted,
+    target_of,
+    uncalibrated,
+    under,
+    verdict_of,
+)
 from safegen.policy.context import Context, current, utc_now
-from safegen.policy.hits import Hit, lexical_hits, located_hits
+from safegen.policy.hits import lexical_hits, located_hits
 from safegen.policy.resolve import ResolvedPolicy, ResolvedRule
 from safegen.transport.encoding import Token
 from safegen.transport.evidence import Trigger, token_evidence, triggers
 from safegen.transport.sentence import SentenceEncoder
 from safegen.transport.transport import Gate, Reading
-
-_GRAVITY: dict[Outcome, int] = {"allow": 0, "flag": 1, "erase": 2, "refuse": 3}
 
 __all__ = ["Activation", "Decision", "Gatekeeper", "Installed", "Outcome"]
 
@@ -201,8 +211,8 @@ class Gatekeeper:
         found = self._triggers(text, origin, opened, looking) if opened else {}
         activations = self._activations(reading, row.number, gammas, found)
         seen = [item.rule.id for item, gamma in zip(self.installed, row.gammas, strict=True) if gamma > 0]
-        outcome, rule, reason = _verdict(row.rules, seen, hits)
-        exceptions = _excepted(row.rules, [*seen, *(hit.rule for hit in hits)])
+        outcome, rule, reason = verdict_of(row.rules, seen, hits)
+        exceptions = excepted(row.rules, [*seen, *(hit.rule for hit in hits)])
         truncated = 0 if decoded else self.truncated(text, origin.ids)
         return Decision(text, decoded, activations, hits, outcome, rule, reason, truncated, exceptions)
 
@@ -262,17 +272,14 @@ class Gatekeeper:
             reason = f"conditioning of unknown origin (no prompt text was seen), and {why}"
             return Decision(None, False, activations, (), "refuse", rule, reason)
         concerned = [row.rules[item.rule.id] for item in self.installed if item.rule.id in row.rules]
-        exceptions = _excepted(row.rules, [rule.id for rule in concerned])
+        exceptions = excepted(row.rules, [rule.id for rule in concerned])
         if not concerned:
-            return Decision(
-                None, False, activations, (), "allow", None, "conditioning of unknown origin; no rule erases"
-            )
-        rule = max(concerned, key=lambda rule: (_GRAVITY[rule.effective], rule.severity))
-        outcome, what = (
-            ("erase", "every membrane opens fully") if rule.effective == "erase" else ("flag", "only recorded")
-        )
-        reason = f"conditioning of unknown origin: {what}{_under(rule)}"
-        return Decision(None, False, activations, (), outcome, rule, reason, exceptions=exceptions)
+            reason = "conditioning of unknown origin; no rule erases"
+            return Decision(None, False, activations, (), "allow", None, reason)
+        rule = max(concerned, key=lambda rule: (GRAVITY[rule.effective], rule.severity))
+        what = "every membrane opens fully" if rule.effective == "erase" else "only recorded"
+        reason = f"conditioning of unknown origin: {what}{under(rule)}"
+        return Decision(None, False, activations, (), rule.effective, rule, reason, exceptions=exceptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,35 +299,3 @@ class _Row:
             rule = self.rules.get(item.rule.id)
             kept.append(gamma if rule is not None and rule.effective != "flag" else 0.0)
         return kept
-
-
-def _verdict(
-    rules: Mapping[str, ResolvedRule], seen: Sequence[str], hits: Sequence[Hit]
-) -> tuple[Outcome, ResolvedRule | None, str]:
-    """Returns the gravest of what follows from the rules whose gates open and those that are named."""
-    found: list[tuple[Outcome, ResolvedRule, str]] = []
-    for hit in hits:
-        rule = rules[hit.rule]
-        if rule.effective != "erase":
-            missing = rule.effective == "refuse" and not rule.has_membrane and rule.action != "refuse"
-            why = ", for which no membrane is installed" if missing else _under(rule)
-            found.append((rule.effective, rule, f"the prompt names {rule.concept.name!r} ({hit.phrase!r}){why}"))
-    for name in seen:
-        rule = rules.get(name)
-        if rule is not None and rule.effective == "flag":
-            found.append(("flag", rule, f"the membrane of {rule.concept.name!r} would open{_under(rule)}"))
-        elif rule is not None:
-            found.append(("erase", rule, f"the membrane of {rule.concept.name!r} opens{_under(rule)}"))
-    if not found:
-        return "allow", None, "no rule is touched"
-    return max(found, key=lambda entry: (_GRAVITY[entry[0]], entry[1].severity))
-
-
-def _excepted(rules: Mapping[str, ResolvedRule], touched: Sequence[str]) -> tuple[Excepted, ...]:
-    """Returns the exceptions under which touched rules stand, in the order in which the rules are touched."""
-    found = [rules[name] for name in dict.fromkeys(touched) if name in rules]
-    return tuple(Excepted(rule.exception, rule.id, rule.effective) for rule in found if rule.exception is not None)
-
-
-def _under(rule: ResolvedRule) -> str:
-    return f", under exception {rule.exception!r}" if rule.exception is not None else ""

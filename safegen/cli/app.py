@@ -10,7 +10,23 @@ from typing import Annotated
 import typer
 
 from safegen._version import __version__
-from safegen.cli import audit, audit_verify, calibrate, convert, demo, explain, faults, generate, inspect, train
+from safegen.cli import (
+    audit,
+    audit_verify,
+    calibrate,
+    convert,
+    demo,
+    diff,
+    explain,
+    faults,
+    fmt,
+    generate,
+    init,
+    inspect,
+    schema,
+    train,
+    validate,
+)
 from safegen.cli.faults import reported
 from safegen.cli.render import show, warn
 
@@ -72,6 +88,11 @@ app.command("convert", epilog=convert.EXAMPLE)(reported()(convert.convert))
 app.command("calibrate", epilog=calibrate.EXAMPLE)(reported()(calibrate.calibrate))
 app.command("explain", epilog=explain.EXAMPLE)(reported()(explain.explain))
 app.command("inspect", epilog=inspect.EXAMPLE)(reported()(inspect.inspect))
+app.command("init", epilog=init.EXAMPLE)(reported()(init.init))
+app.command("validate", epilog=validate.EXAMPLE)(reported()(validate.validate))
+app.command("fmt", epilog=fmt.EXAMPLE)(reported()(fmt.fmt))
+app.command("diff", epilog=diff.EXAMPLE)(reported()(diff.diff))
+app.command("schema", epilog=schema.EXAMPLE)(reported()(schema.schema))
 
 
 def main() -> None:

@@ -85,22 +85,31 @@ def read_document(path: Path) -> Document:
         PolicyNotFoundError: There is no such file, or it cannot be read.
         PolicySyntaxError: Too large, not UTF-8, or anything `parse_document` refuses.
     """
+    return parse_document(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file, a byte order mark at its start included.
+
+    Raises:
+        PolicyNotFoundError: There is no such file, or it cannot be read.
+        PolicySyntaxError: Too large, or not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise PolicyNotFoundError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(raw) > MAX_BYTES:
-        raise PolicySyntaxError(f"{path}:1:1: the file is larger than {MAX_BYTES // 1024} KiB; split it")
+        text = f"the file is larger than {MAX_BYTES // 1024} KiB; split it"
+        raise PolicySyntaxError([Problem(f"{path}:1:1", text)])
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise PolicySyntaxError(
-            f"{path}:{line}:{column}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from error
-    return parse_document(text, str(path))
+        text = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        raise PolicySyntaxError([Problem(f"{path}:{line}:{column}", text)]) from error
 
 
 def parse_document(text: str, source: str) -> Document:
@@ -115,7 +124,7 @@ def parse_document(text: str, source: str) -> Document:
     """
     builder = _Builder(source)
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
+        for event in YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")):
             builder.take(event)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -125,7 +134,7 @@ def parse_document(text: str, source: str) -> Document:
     if not builder.faults and not builder.values:
         builder.refuse(None, "the file is empty; a policy starts with `apiVersion: safegen.dev/v1`")
     if builder.faults:
-        raise PolicySyntaxError("\n".join(str(fault) for fault in builder.faults))
+        raise PolicySyntaxError(builder.faults)
     return Document(source, builder.root, builder.values, builder.keys, builder.switches)
 
 
@@ -201,7 +210,7 @@ class _Builder:
         ):
             if over:
                 self.refuse(event.start_mark, what)
-                raise PolicySyntaxError("\n".join(str(fault) for fault in self.faults))
+                raise PolicySyntaxError(self.faults)
 
     def _take_node(self, kind: str, event: Any) -> None:
         if event.anchor is not None:

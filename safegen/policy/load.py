@@ -55,6 +55,21 @@ def find_policy(name_or_path: str | Path) -> Path:
     raise PolicyNotFoundError(f"{text}: {what}.{did_you_mean(path.stem, shipped_policies())}")
 
 
+def policy_files(name_or_path: str | Path) -> list[Path]:
+    """Returns the policy files that a name, a file or a folder stands for; of a folder, those that are no tests.
+
+    Raises:
+        PolicyNotFoundError: No such policy, or a folder without one.
+    """
+    path = Path(name_or_path)
+    if not path.is_dir():
+        return [find_policy(name_or_path)]
+    found = sorted(one for one in path.glob("*.yaml") if not one.name.endswith(".policytest.yaml"))
+    if not found:
+        raise PolicyNotFoundError(f"{path}: expected policy files (*.yaml) in this folder, found none; name a file")
+    return found
+
+
 def load_policy(name_or_path: str | Path, *, catalogue: Catalogue | None = None) -> Policy:
     """Reads and checks a policy.
 
