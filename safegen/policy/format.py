@@ -93,7 +93,12 @@ def _open_brackets(node: Any, too_long: list[bool]) -> None:
     if not isinstance(node, CommentedMap | CommentedSeq):
         return
     for key, part in list(node.items()) if isinstance(node, CommentedMap) else list(enumerate(node)):
-        if isinstance(part, CommentedMap | CommentedSeq) and part.fa.flow_style() and len(part) and too_long[part.lc.line]:
+        if (
+            isinstance(part, CommentedMap | CommentedSeq)
+            and part.fa.flow_style()
+            and len(part)
+            and too_long[part.lc.line]
+        ):
             part.fa.set_block_style()
             _hand_down(node, key, part)
         else:
