@@ -67,6 +67,9 @@ def _counts(fault: ErrorDetails) -> bool:
 
 def _problem(model: type[BaseModel], document: Document, fault: ErrorDetails) -> Problem:
     loc = tuple(fault["loc"])
+    if loc and loc[-1] == "[key]":  # pydantic's way to say that the key is at fault, not its value
+        message = f"{loc[-3]}: {_expectation(fault)}; found {_shown(fault['input'])}"
+        return document.problem(loc[:-1], message, key=True)
     kind, found = fault["type"], fault["input"]
     name = str(loc[-1]) if loc else "document"
     if kind == "extra_forbidden":
@@ -96,6 +99,9 @@ def _expectation(fault: ErrorDetails) -> str:
         "dict_type": "expected keys and values",
         "tuple_type": "expected a list",
         "too_short": "expected at least one entry",
+        "too_long": f"expected at most {fault.get('ctx', {}).get('max_length')} entries",
+        "bool_type": "expected true or false",
+        "float_type": "expected a number",
     }
     return plain.get(kind, fault["msg"].replace("Input should be", "expected", 1).replace("Value error, ", "", 1))
 

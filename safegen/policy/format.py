@@ -48,7 +48,7 @@ def formatted(text: str, source: str) -> str:
     if _comments(before) != comments:
         lost = next((one for one in comments if one not in _comments(before)), comments[0])
         raise SafegenError(
-            f"{source}: the comment {lost[1]!r} would be lost or moved; put it on a line of its own, outside of brackets"
+            f"{source}: the comment {lost[1]!r} would be lost or moved; put it on a line of its own, not inside brackets"
         )
     try:
         same = repr(parse_document(before, source).value) == repr(said)
@@ -93,12 +93,8 @@ def _open_brackets(node: Any, too_long: list[bool]) -> None:
     if not isinstance(node, CommentedMap | CommentedSeq):
         return
     for key, part in list(node.items()) if isinstance(node, CommentedMap) else list(enumerate(node)):
-        if (
-            isinstance(part, CommentedMap | CommentedSeq)
-            and part.fa.flow_style()
-            and len(part)
-            and too_long[part.lc.line]
-        ):
+        collection = isinstance(part, CommentedMap | CommentedSeq) and len(part)
+        if collection and part.fa.flow_style() and too_long[part.lc.line]:
             part.fa.set_block_style()
             _hand_down(node, key, part)
         else:

@@ -137,7 +137,9 @@ class _Reader:
         parents, problems = self._parents(document, path, chain)
         merged = laid_over([parent.document for parent in parents], document)
         policy, faults = validate(Policy, merged)
-        own = [*problems, *faults, *_other_faults(merged, self._catalogue)]
+        own = [*problems, *faults]
+        told = {fault.where for fault in own}
+        own += [fault for fault in _other_faults(merged, self._catalogue) if fault.where not in told]
         if (
             policy is not None
             and not own

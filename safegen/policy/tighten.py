@@ -109,8 +109,13 @@ def _rules(old: Policy, new: Policy, catalogue: Catalogue) -> Iterator[Looser]:
         if new.rules[index].id != rule.id:
             whose = f"rule {new.rules[index].id!r} takes {one.concept.id!r} from {rule.id!r}: "
         for name, setting in after.items():
-            if not as_strict(name, before[name].value, setting.value):
-                yield Looser(name, setting.loc, index, whose + _changed(name, before[name], setting, old))
+            if as_strict(name, before[name].value, setting.value):
+                continue
+            message = _changed(name, before[name], setting, old)
+            if setting.loc[0] == "defaults":  # one fault, whatever number of rules it is the default of
+                yield Looser(name, setting.loc, None, f"defaults.{message}")
+            else:
+                yield Looser(name, setting.loc, index, whose + message)
 
 
 def _exceptions(old: Policy, new: Policy, catalogue: Catalogue) -> Iterator[Looser]:
@@ -147,7 +152,9 @@ def _narrower(old: PolicyException, new: PolicyException) -> bool:
 
 
 def _changed(name: str, before: Setting, after: Setting, old: Policy) -> str:
-    return f"{name} {said(after.value)} is looser than {said(before.value)} ({old.where(before.loc)})"
+    comparable = as_strict(name, after.value, before.value)
+    how = "is looser than" if comparable else "cannot be held against"
+    return f"{name} {said(after.value)} {how} {said(before.value)} ({old.where(before.loc)})"
 
 
 def said(value: object) -> str:
