@@ -48,7 +48,8 @@ def formatted(text: str, source: str) -> str:
     if _comments(before) != comments:
         lost = next((one for one in comments if one not in _comments(before)), comments[0])
         raise SafegenError(
-            f"{source}: the comment {lost[1]!r} would be lost or moved; put it on a line of its own, not inside brackets"
+            f"{source}: the comment {lost[1]!r} would be lost or moved; put it on a line of its own, outside of "
+            "brackets"
         )
     try:
         same = repr(parse_document(before, source).value) == repr(said)
