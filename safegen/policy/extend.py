@@ -41,7 +41,8 @@ def locate(entry: str, policy: Path, shipped: Mapping[str, Path]) -> Path:
     if entry.startswith(_SHIPPED) or _NAME.fullmatch(entry):
         if name not in shipped:
             raise NoParent(
-                f"unknown shipped policy {name!r}.{did_you_mean(name, shipped)} A path is written with its suffix, .yaml"
+                f"unknown shipped policy {name!r}.{did_you_mean(name, shipped)} "
+                "A path is written with its suffix, .yaml"
             )
         return shipped[name]
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", entry) and not PureWindowsPath(entry).drive:

@@ -6,10 +6,18 @@ import re
 from datetime import date
 from enum import Enum
 from functools import total_ordering
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from safegen.errors import did_you_mean
 from safegen.policy.faults import UNKNOWN
@@ -144,15 +152,18 @@ Day = Annotated[
     date, BeforeValidator(_check_date), WithJsonSchema({"type": "string", "pattern": r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"})
 ]
 
+
+class _OrOne:
+    """Lets the JSON Schema of a list also take one entry that stands without a list."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Returns the schema of either."""
+        listed = handler(core)
+        return {"anyOf": [listed["items"], listed]}
+
+
 T = TypeVar("T")
-Listed = Annotated[tuple[T, ...], BeforeValidator(_listed)]
+Listed = Annotated[tuple[T, ...], BeforeValidator(_listed), _OrOne()]
 """A list; a single text may be written without one."""
-OneOrMore = Annotated[Listed[T], Field(min_length=1)]
-"""A list with at least one entry."""
-
-
-def one_or_list(schema: dict[str, Any]) -> None:
-    """Lets a JSON Schema of a list also take one entry without a list, as `OneOrMore` does."""
-    items = cast("dict[str, Any]", schema["items"])
-    listed = {key: schema.pop(key) for key in ("type", "items", "minItems") if key in schema}
-    schema["anyOf"] = [items, listed]
+OneOrMore = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1), _OrOne()]
+"""A list with at least one entry; a single text may be written without one."""

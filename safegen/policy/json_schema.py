@@ -53,6 +53,7 @@ def json_schema(draft: Draft = "2020-12") -> dict[str, Any]:
         },
     }
     schema = {"$schema": DRAFTS[draft], "$id": f"urn:safegen:policy:v1:{draft}", **schema, "title": "safegen policy"}
+    schema = _walked(schema, _count_items)
     return _walked(schema, _to_draft_07) if draft == "draft-07" else schema
 
 
@@ -86,6 +87,13 @@ def _walked(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
         part = cast("dict[str, Any]", schema)
         return change({key: _walked(value, change) for key, value in part.items()})
     return [_walked(item, change) for item in cast("list[Any]", schema)] if isinstance(schema, list) else schema
+
+
+def _count_items(part: dict[str, Any]) -> dict[str, Any]:
+    """Bounds lists by their items: pydantic bounds a list behind a validator by the length that texts have."""
+    if part.get("type") != "array":
+        return part
+    return {{"minLength": "minItems", "maxLength": "maxItems"}.get(key, key): value for key, value in part.items()}
 
 
 def _to_draft_07(part: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from safegen.policy.fields import (
     Task,
     Version,
     Words,
-    one_or_list,
 )
 
 _Threshold = Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["calibrated"]
@@ -79,7 +78,7 @@ class Transport(Strict):
             prompt as far as the prompt's own, as SPM's released code does.
     """
 
-    score: Annotated[OneOrMore[ScoreName], Field(json_schema_extra=one_or_list)] = ("direction", "lexical")
+    score: OneOrMore[ScoreName] = ("direction", "lexical")
     lo: _Threshold = "calibrated"
     hi: _Threshold = "calibrated"
     least: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
@@ -139,7 +138,7 @@ class Rule(Strict):
     strength: Annotated[float, Field(strict=True, gt=0, le=4)] = 1.0
     transport: Transport | None = None
     on_missing: OnMissing | None = None
-    applies_to: Annotated[OneOrMore[Task], Field(json_schema_extra=one_or_list)] = TASKS
+    applies_to: OneOrMore[Task] = TASKS
     description: str = ""
     override: StrictBool = False
     reason: str = ""
@@ -160,7 +159,7 @@ class PolicyException(Strict):
     """
 
     id: Kebab
-    rules: Annotated[OneOrMore[RuleName], Field(json_schema_extra=one_or_list)]
+    rules: OneOrMore[RuleName]
     when: Annotated[Mapping[ContextKey, OneOrMore[Words]], Field(min_length=1)]
     action: Literal["erase", "flag"]
     reason: Words
@@ -205,7 +204,7 @@ class Policy(Strict):
     apiVersion: Literal["safegen.dev/v1"]  # noqa: N815 - the document's own spelling, as in Kubernetes
     kind: Literal["Policy"]
     metadata: Metadata
-    extends: Annotated[Listed[Words], Field(max_length=MAX_PARENTS, json_schema_extra=one_or_list)] = ()
+    extends: Annotated[Listed[Words], Field(max_length=MAX_PARENTS)] = ()
     override: StrictBool = False
     reason: str = ""
     mode: Mode = "enforce"

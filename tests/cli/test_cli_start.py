@@ -17,7 +17,10 @@ from safegen.cli.audit import FailOn
 from safegen.policy.schema import Severity
 from safegen.training.config import TrainConfig
 
-COMMANDS = ("demo", "generate", "audit", "audit verify", "train", "convert", "calibrate", "explain", "inspect")
+COMMANDS = (
+    "demo", "generate", "audit", "audit verify", "train", "convert", "calibrate", "explain", "inspect", "init",
+    "validate", "fmt", "diff", "schema",
+)  # fmt: skip
 
 
 def process(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -46,7 +46,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> ResolvedPolicy:
     return resolve(load_policy(path, catalogue=CATALOGUE), CATALOGUE, available={"nudity", "van-gogh"}, now=NOW)
 
 
-def under(policy: ResolvedPolicy, name: str, *, now: datetime = NOW, **context: str) -> tuple[str, str | None] | None:
+def under(
+    policy: ResolvedPolicy, name: str, context: dict[str, str], *, now: datetime = NOW
+) -> tuple[str, str | None] | None:
     """What a rule does for a caller, and by which exception; None where it does not apply."""
     found = {rule.id: rule for rule in policy.at(now, context).rules}
     return (found[name].effective, found[name].exception) if name in found else None
@@ -69,12 +71,12 @@ def under(policy: ResolvedPolicy, name: str, *, now: datetime = NOW, **context: 
 def test_an_exception_holds_for_callers_that_match_every_key(
     policy: ResolvedPolicy, context: dict[str, str], expected: tuple[str, str | None]
 ) -> None:
-    assert under(policy, "skin/nudity", **context) == expected
+    assert under(policy, "skin/nudity", context) == expected
 
 
 def test_an_exception_is_from_the_concepts_it_names_only(policy: ResolvedPolicy) -> None:
-    assert under(policy, "skin/gore", **HERE) == ("refuse", None)
-    assert under(policy, "skin/gore", tenant="a") == ("refuse", "soft")  # no membrane: erasing stays refusing
+    assert under(policy, "skin/gore", HERE) == ("refuse", None)
+    assert under(policy, "skin/gore", {"tenant": "a"}) == ("refuse", "soft")  # no membrane: erasing stays refusing
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_an_exception_is_from_the_concepts_it_names_only(policy: ResolvedPolicy)
 def test_an_exception_holds_to_the_end_of_its_last_day_in_utc(
     policy: ResolvedPolicy, now: datetime, holds: bool
 ) -> None:
-    assert under(policy, "skin/nudity", now=now, **HERE) == (("flag", "atlas") if holds else ("refuse", None))
+    assert under(policy, "skin/nudity", HERE, now=now) == (("flag", "atlas") if holds else ("refuse", None))
 
 
 def test_a_time_without_zone_is_refused(policy: ResolvedPolicy) -> None:
@@ -99,7 +101,7 @@ def test_a_time_without_zone_is_refused(policy: ResolvedPolicy) -> None:
 
 
 def test_expired_exceptions_are_told(policy: ResolvedPolicy) -> None:
-    assert under(policy, "art/van-gogh", tenant="m") == ("erase", None)
+    assert under(policy, "art/van-gogh", {"tenant": "m"}) == ("erase", None)
     assert [notice for notice in policy.notices if "expired" in notice] == [
         "p: 1 of 3 exceptions have expired and are ignored (museum on 2026-05-31, owner o)"
     ]

@@ -27,6 +27,11 @@ CATALOGUE = Catalogue({c.id: c for c in CONCEPTS}, frozenset(c.id for c in CONCE
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 NAMES = [*CATALOGUE.concepts, "explicit/*", "explicit/a/*", "custom/*", "custom/b/*"]
 
+
+def concept_of(rule: dict[str, Any]) -> str:
+    return rule["concept"]
+
+
 transports = st.fixed_dictionaries(
     {},
     optional={
@@ -35,7 +40,7 @@ transports = st.fixed_dictionaries(
         "guidance": st.sampled_from(["both", "conditional"]),
     },
 ) | st.sampled_from([{"lo": 0.1, "hi": 0.5}, {"lo": 0.2, "hi": 0.5}, {"lo": 0.2, "hi": 0.6}])
-rules = st.lists(
+rules: st.SearchStrategy[list[dict[str, Any]]] = st.lists(
     st.fixed_dictionaries(
         {"concept": st.sampled_from(NAMES)},
         optional={
@@ -49,7 +54,7 @@ rules = st.lists(
     ),
     min_size=1,
     max_size=4,
-    unique_by=lambda rule: rule["concept"],
+    unique_by=concept_of,
 )
 days = st.dates(date(2026, 5, 1), date(2026, 7, 1)).map(lambda day: day.isoformat())
 callers = st.sampled_from(
