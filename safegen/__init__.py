@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safegen.guard import Guard, apply_policy
     from safegen.membrane.file import read_membrane, write_membrane
     from safegen.membrane.weights import Membrane
+    from safegen.policy.context import request_context
     from safegen.policy.load import load_policy
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "apply_policy",
     "load_policy",
     "read_membrane",
+    "request_context",
     "verify",
     "write_membrane",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "apply_policy": "safegen.guard",
     "load_policy": "safegen.policy.load",
     "read_membrane": "safegen.membrane.file",
+    "request_context": "safegen.policy.context",
     "verify": "safegen.audit",
     "write_membrane": "safegen.membrane.file",
 }

@@ -9,7 +9,9 @@ from typing import Literal
 from safegen.backend.base import Backend
 from safegen.errors import FormatError
 from safegen.membrane.weights import Membrane
-from safegen.policy.resolve import Hit, ResolvedRule
+from safegen.policy.fields import Action
+from safegen.policy.hits import Hit
+from safegen.policy.resolve import ResolvedRule
 from safegen.transport import calibration
 from safegen.transport.curve import Curve
 from safegen.transport.evidence import Trigger
@@ -17,6 +19,7 @@ from safegen.transport.sentence import SentenceEncoder
 from safegen.transport.transport import Reading, Score, Target
 
 Outcome = Literal["allow", "flag", "erase", "refuse"]
+GRAVITY: Mapping[Outcome, int] = {"allow": 0, "flag": 1, "erase": 2, "refuse": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,15 @@ class Activation:
 
 
 @dataclass(frozen=True, slots=True)
+class Excepted:
+    """A rule that a prompt touches, and that acts more mildly for this caller: `action` by the exception of this id."""
+
+    exception: str
+    rule: str
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What the policy decides for one row of conditioning.
 
@@ -90,6 +102,7 @@ class Decision:
         rule: The rule that decided; None for `allow`.
         reason: One sentence for people.
         truncated: How many tokens of `text` the model does not read, because they are past its window.
+        exceptions: The exceptions that made a difference: their rules are touched, and do less than they would.
     """
 
     text: str | None
@@ -100,6 +113,12 @@ class Decision:
     rule: ResolvedRule | None
     reason: str
     truncated: int = 0
+    exceptions: tuple[Excepted, ...] = ()
+
+    @property
+    def verdict(self) -> Literal["match", "clear"]:
+        """What was found, whatever is done about it: whether a rule is touched."""
+        return "clear" if self.outcome == "allow" else "match"
 
 
 class Encoders(Mapping[str, str]):
@@ -143,3 +162,36 @@ def uncalibrated(
                 "their concept and for conditioning of unknown origin; run `safegen calibrate` on their files."
             )
     return tuple(notices)
+
+
+def verdict_of(
+    rules: Mapping[str, ResolvedRule], seen: Sequence[str], hits: Sequence[Hit]
+) -> tuple[Outcome, ResolvedRule | None, str]:
+    """Returns the gravest of what follows from the rules whose gates open and those that are named."""
+    found: list[tuple[Outcome, ResolvedRule, str]] = []
+    for hit in hits:
+        rule = rules[hit.rule]
+        if rule.effective != "erase":
+            missing = rule.effective == "refuse" and not rule.has_membrane and rule.action != "refuse"
+            why = ", for which no membrane is installed" if missing else under(rule)
+            found.append((rule.effective, rule, f"the prompt names {rule.concept.name!r} ({hit.phrase!r}){why}"))
+    for name in seen:
+        rule = rules.get(name)
+        if rule is not None and rule.effective == "flag":
+            found.append(("flag", rule, f"the membrane of {rule.concept.name!r} would open{under(rule)}"))
+        elif rule is not None:
+            found.append(("erase", rule, f"the membrane of {rule.concept.name!r} opens{under(rule)}"))
+    if not found:
+        return "allow", None, "no rule is touched"
+    return max(found, key=lambda entry: (GRAVITY[entry[0]], entry[1].severity))
+
+
+def excepted(rules: Mapping[str, ResolvedRule], touched: Sequence[str]) -> tuple[Excepted, ...]:
+    """Returns the exceptions under which touched rules stand, in the order in which the rules are touched."""
+    found = [rules[name] for name in dict.fromkeys(touched) if name in rules]
+    return tuple(Excepted(rule.exception, rule.id, rule.effective) for rule in found if rule.exception is not None)
+
+
+def under(rule: ResolvedRule) -> str:
+    """Returns what a sentence about a rule says of the exception that it stands under; nothing without one."""
+    return f", under exception {rule.exception!r}" if rule.exception is not None else ""

@@ -66,10 +66,6 @@ class PolicyNotFoundError(PolicyError):
     """Neither a file nor a shipped policy has this name."""
 
 
-class PolicySyntaxError(PolicyError):
-    """The document is not YAML, or uses YAML that safegen refuses (aliases, tags, duplicate keys)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One fault of a policy document.
@@ -84,6 +80,18 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
+
+
+class PolicySyntaxError(PolicyError):
+    """The document is not YAML, or uses YAML that safegen refuses (aliases, tags, duplicate keys).
+
+    Attributes:
+        problems: All faults that were found before the reading ended.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
 class PolicyValidationError(PolicyError):

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 import torch
 from torch import Tensor
 
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import Origin
-from safegen.decision import Activation, Decision, Encoders, Installed, Outcome, target_of, uncalibrated
-from safegen.policy.resolve import Hit, ResolvedPolicy, ResolvedRule, lexical_hits, located_hits
+from safegen.decision import (
+    GRAVITY,
+    Activation,
+    Decision,
+    Encoders,
+    Installed,
+    Outcome,
+    excepted,
+    target_of,
+    uncalibrated,
+    under,
+    verdict_of,
+)
+from safegen.policy.context import Context, current, utc_now
+from safegen.policy.hits import lexical_hits, located_hits
+from safegen.policy.resolve import ResolvedPolicy, ResolvedRule
 from safegen.transport.encoding import Token
 from safegen.transport.evidence import Trigger, token_evidence, triggers
 from safegen.transport.sentence import SentenceEncoder
 from safegen.transport.transport import Gate, Reading
-
-_GRAVITY: dict[Outcome, int] = {"allow": 0, "flag": 1, "erase": 2, "refuse": 3}
 
 __all__ = ["Activation", "Decision", "Gatekeeper", "Installed", "Outcome"]
 
@@ -25,15 +39,30 @@ class Gatekeeper:
     """Decides, for one host and one resolved policy.
 
     Attributes:
-        policy: The policy.
+        policy: The policy, for a caller without exceptions and whose task is not known.
         installed: The membranes that its rules use, in rule order.
         gate: Scores rows of conditioning for them.
         strengths: The policy author's constants, [membranes].
         notices: What the person who applies the policy should read about the gates.
     """
 
-    def __init__(self, backend: Backend, policy: ResolvedPolicy, installed: Sequence[Installed]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        policy: ResolvedPolicy,
+        installed: Sequence[Installed],
+        *,
+        context: Context | None = None,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
         """Sets up the gates.
+
+        Args:
+            backend: The host.
+            policy: The policy, with all its rules.
+            installed: The membranes of the rules that use one.
+            context: What is known of every caller.
+            clock: The time that exceptions are held against.
 
         Raises:
             FormatError: A membrane's calibration cannot be read.
@@ -43,7 +72,7 @@ class Gatekeeper:
         self.policy = policy
         self.installed = tuple(installed)
         self.backend = backend
-        self._by_id = {rule.id: rule for rule in policy.rules}
+        self._context, self._clock = context or {}, clock
         self._numbers = {item.rule.id: k for k, item in enumerate(installed)}
         used = {score for item in installed for score in item.rule.transport.score}
         sentence = SentenceEncoder(policy.sentence_encoder or "") if "semantic" in used else None
@@ -53,6 +82,10 @@ class Gatekeeper:
         self.gate = Gate(backend, targets, self._phrases, sentence=sentence)
         self.strengths = torch.tensor([item.rule.strength for item in installed])
         self.notices = uncalibrated(policy.id, self.installed, [missing for _, missing in found], encoders)
+
+    def view(self) -> ResolvedPolicy:
+        """Returns what the policy comes to for the caller of this thread or task, now."""
+        return self.policy.at(self._clock(), current(self._context))
 
     def _phrases(self, text: str) -> Mapping[int, Sequence[str]]:
         found: dict[int, list[str]] = {}
@@ -89,9 +122,13 @@ class Gatekeeper:
             every=every,
         )
         looking = self.policy.audit.evidence == "opened" if evidence is None else evidence
+        view = self.view()
+        rules = {rule.id: rule for rule in view.rules}
         gammas: list[list[float]] = reading.permeability.tolist()
         rows = [
-            None if origin is not None and origin.negative else self._row(reading, gammas[k], k, origin, looking)
+            None
+            if origin is not None and origin.negative
+            else self._row(_Row(view, rules, reading, k, gammas[k]), origin, looking)
             for k, origin in enumerate(origins)
         ]
         prompts = [k for k, decision in enumerate(rows) if decision is not None]
@@ -159,23 +196,25 @@ class Gatekeeper:
         )
         return Decision(None, False, activations, (), "refuse", None, reason)
 
-    def _row(
-        self, reading: Reading, gammas: Sequence[float], row: int, origin: Origin | None, looking: bool
-    ) -> Decision:
-        if not reading.finite[row]:
-            return self._broken(self._activations(reading, row, [1.0] * len(gammas)))
+    def _row(self, row: _Row, origin: Origin | None, looking: bool) -> Decision:
+        reading, size = row.reading, len(self.installed)
+        if not reading.finite[row.number]:
+            return self._broken(self._activations(reading, row.number, [1.0] * size))
         if origin is None:
-            return self._unknown(self._activations(reading, row, [1.0] * len(gammas)))
+            return self._unknown(row)
         decoded = origin.text is None
         text = origin.text if origin.text is not None else self._decoded(origin)
         readings = self._readings(origin) if decoded else (text,)
-        hits = tuple(dict.fromkeys(hit for reading in readings for hit in lexical_hits(self.policy, reading)))
+        hits = tuple(dict.fromkeys(hit for reading in readings for hit in lexical_hits(row.view, reading)))
+        gammas = row.let_through(self.installed)
         opened = [k for k, gamma in enumerate(gammas) if gamma > 0]
         found = self._triggers(text, origin, opened, looking) if opened else {}
-        activations = self._activations(reading, row, gammas, found)
-        outcome, rule, reason = self._verdict(activations, hits)
+        activations = self._activations(reading, row.number, gammas, found)
+        seen = [item.rule.id for item, gamma in zip(self.installed, row.gammas, strict=True) if gamma > 0]
+        outcome, rule, reason = verdict_of(row.rules, seen, hits)
+        exceptions = excepted(row.rules, [*seen, *(hit.rule for hit in hits)])
         truncated = 0 if decoded else self.truncated(text, origin.ids)
-        return Decision(text, decoded, activations, hits, outcome, rule, reason, truncated)
+        return Decision(text, decoded, activations, hits, outcome, rule, reason, truncated, exceptions)
 
     def _chunks(self, origin: Origin) -> list[tuple[int, ...]]:
         return [origin.ids[k : k + self.gate.window] for k in range(0, len(origin.ids), self.gate.window)]
@@ -222,36 +261,41 @@ class Gatekeeper:
         tokens = self.backend.tokens(text)[: len(read)]
         return tokens if [token.id for token in tokens] == read else ()
 
-    def _verdict(
-        self, activations: Sequence[Activation], hits: Sequence[Hit]
-    ) -> tuple[Outcome, ResolvedRule | None, str]:
-        found: list[tuple[Outcome, ResolvedRule, str]] = []
-        for hit in hits:
-            rule = self._by_id[hit.rule]
-            if rule.effective == "refuse":
-                why = "" if rule.has_membrane or rule.action == "refuse" else ", for which no membrane is installed"
-                found.append(("refuse", rule, f"the prompt names {rule.concept.name!r} ({hit.phrase!r}){why}"))
-            elif rule.effective == "flag":
-                found.append(("flag", rule, f"the prompt names {rule.concept.name!r} ({hit.phrase!r})"))
-        for activation in activations:
-            if activation.opened:
-                rule = activation.installed.rule
-                found.append(("erase", rule, f"the membrane of {rule.concept.name!r} opens"))
-        if not found:
-            return "allow", None, "no rule is touched"
-        return max(found, key=lambda entry: (_GRAVITY[entry[0]], entry[1].severity))
-
-    def _unknown(self, activations: tuple[Activation, ...]) -> Decision:
+    def _unknown(self, row: _Row) -> Decision:
         """Decides for conditioning whose words are unknown, as `on_unknown` says; what needs words fails closed."""
-        blind = [rule for rule in self.policy.rules if rule.effective == "refuse"]
+        gammas = replace(row, gammas=[1.0] * len(self.installed)).let_through(self.installed)
+        activations = self._activations(row.reading, row.number, gammas)
+        blind = [rule for rule in row.view.rules if rule.effective == "refuse"]
         if blind or self.policy.on_unknown == "refuse":
             rule = blind[0] if blind else None
             why = f"rule {blind[0].id!r} can only refuse prompts by their words" if blind else "on_unknown is refuse"
             reason = f"conditioning of unknown origin (no prompt text was seen), and {why}"
             return Decision(None, False, activations, (), "refuse", rule, reason)
-        if not activations:
-            return Decision(None, False, (), (), "allow", None, "conditioning of unknown origin; no rule erases")
-        rule = max((a.installed.rule for a in activations), key=lambda r: r.severity)
-        return Decision(
-            None, False, activations, (), "erase", rule, "conditioning of unknown origin: every membrane opens fully"
-        )
+        concerned = [row.rules[item.rule.id] for item in self.installed if item.rule.id in row.rules]
+        exceptions = excepted(row.rules, [rule.id for rule in concerned])
+        if not concerned:
+            reason = "conditioning of unknown origin; no rule erases"
+            return Decision(None, False, activations, (), "allow", None, reason)
+        rule = max(concerned, key=lambda rule: (GRAVITY[rule.effective], rule.severity))
+        what = "every membrane opens fully" if rule.effective == "erase" else "only recorded"
+        reason = f"conditioning of unknown origin: {what}{under(rule)}"
+        return Decision(None, False, activations, (), rule.effective, rule, reason, exceptions=exceptions)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of conditioning: what the policy comes to for its caller, and how far its scores would open membranes."""
+
+    view: ResolvedPolicy
+    rules: Mapping[str, ResolvedRule]
+    reading: Reading
+    number: int
+    gammas: Sequence[float]
+
+    def let_through(self, installed: Sequence[Installed]) -> list[float]:
+        """Returns the permeabilities, 0 where the rule does not apply to the caller's task, or only flags."""
+        kept: list[float] = []
+        for item, gamma in zip(installed, self.gammas, strict=True):
+            rule = self.rules.get(item.rule.id)
+            kept.append(gamma if rule is not None and rule.effective != "flag" else 0.0)
+        return kept

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,6 +24,7 @@ from safegen.membrane.delta import pool
 from safegen.membrane.file import read_with_digest
 from safegen.membrane.weights import Membrane
 from safegen.policy.catalogue import load_catalogue
+from safegen.policy.context import checked, utc_now
 from safegen.policy.load import load_policy
 from safegen.policy.resolve import ResolvedPolicy, resolve
 from safegen.record import Recorder
@@ -41,7 +43,12 @@ def default_audit_directory() -> Path:
 
 
 def prepare(
-    pipe: Any, policy: str | Path, *, membranes: Sequence[str | Path] = ()
+    pipe: Any,
+    policy: str | Path,
+    *,
+    membranes: Sequence[str | Path] = (),
+    context: Mapping[str, str] | None = None,
+    clock: Callable[[], datetime] = utc_now,
 ) -> tuple[Backend, ResolvedPolicy, Gatekeeper]:
     """Loads everything that a policy needs on a pipeline, and checks it, without touching the pipeline.
 
@@ -49,9 +56,11 @@ def prepare(
         pipe: The host's pipeline.
         policy: Path of a policy file, or the name of a shipped one ("strict").
         membranes: Further folders with membranes, laid out as the shipped one.
+        context: What is known of every caller.
+        clock: The time that exceptions are held against.
 
     Returns:
-        The backend, the resolved policy and the gatekeeper that decides for prompts.
+        The backend, the policy resolved for callers without exceptions, and the gatekeeper that decides for prompts.
 
     Raises:
         SafegenError: See `apply_policy`.
@@ -60,12 +69,13 @@ def prepare(
     backend = backend_of(pipe)
     store = MembraneStore([Path(root) for root in membranes])
     paths = store.installed(backend.family)
-    resolved = resolve(document, load_catalogue(), available=paths.keys(), family=backend.family)
-    rules = [rule for rule in resolved.rules if rule.effective == "erase"]
+    context = checked(context or {})
+    resolved = resolve(document, load_catalogue(), available=paths.keys(), now=clock(), family=backend.family)
+    rules = [rule for rule in resolved.rules if rule.uses_membrane]
     read = [_read(paths[rule.concept.id], rule.concept.id, backend) for rule in rules]
     pooled = pool([membrane for membrane, _ in read])
     installed = [Installed(*item) for item in zip(rules, pooled, (digest for _, digest in read), strict=True)]
-    return backend, resolved, Gatekeeper(backend, resolved, installed)
+    return backend, resolved, Gatekeeper(backend, resolved, installed, context=context, clock=clock)
 
 
 def _read(path: Path, concept: str, backend: Backend) -> tuple[Membrane, str]:
@@ -91,6 +101,8 @@ def apply_policy(
     audit: str | Path | None = None,
     audit_key: HmacKey | None = None,
     membranes: Sequence[str | Path] = (),
+    context: Mapping[str, str] | None = None,
+    clock: Callable[[], datetime] = utc_now,
 ) -> Guard:
     """Puts a policy in force on a pipeline; the caller goes on calling the pipeline itself.
 
@@ -105,6 +117,9 @@ def apply_policy(
         audit: Folder of the audit log; by default `SAFEGEN_AUDIT_DIR` or the XDG state folder.
         audit_key: Key of the prompt digests; by default this machine's (`safegen.audit.load_key`).
         membranes: Further folders with membranes (`<root>/<family>/<concept>/membrane.safetensors`).
+        context: What is known of every caller, such as a tenant: what the policy's exceptions are matched on.
+            `safegen.request_context` adds to it per request; `task` says what kind of generation is run.
+        clock: The time that exceptions are held against, with its zone.
 
     Returns:
         The guard: a context manager; `remove()` takes everything off.
@@ -112,11 +127,12 @@ def apply_policy(
     Raises:
         PolicyError: The policy is missing or wrong; all faults at once.
         UnsupportedBackendError: Nothing on `pipe` that safegen can guard.
+        UsageError: The context holds something else than texts, or an unknown task.
         BundleError, MembraneError: A membrane is missing, damaged, or for another base model.
         AlreadyAppliedError: A policy is in force on this denoiser already.
         AuditError: The log cannot be written.
     """
-    backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes)
+    backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes, context=context, clock=clock)
     injection = Injection(
         backend.denoiser, backend.sites, [item.membrane for item in gatekeeper.installed], backend.family
     )

@@ -12,6 +12,7 @@ from safegen.audit import (
     ActionRecord,
     AttestRecord,
     AuditLog,
+    ExceptionRecord,
     MembraneRecord,
     ModelRecord,
     OutputRecord,
@@ -134,6 +135,7 @@ class Recorder:
             inputs=() if decision.text is not None else ("embeds_only",),
             membranes=self._membranes(decision),
             hits=tuple(self._log.hit(hit.rule, hit.concept, hit.phrase) for hit in decision.hits),
+            exceptions=tuple(ExceptionRecord(one.exception, one.rule, one.action) for one in decision.exceptions),
             truncated_tokens=decision.truncated,
             verdict=_verdict(decision),
         )
@@ -187,7 +189,7 @@ def _prompt_key(row: int, decision: Decision) -> object:
 def _verdict(decision: Decision) -> VerdictRecord:
     rule = decision.rule
     return VerdictRecord(
-        decision="clear" if decision.outcome == "allow" else "match",
+        decision=decision.verdict,
         rule=rule.id if rule else None,
         severity=rule.severity.value if rule else None,
     )

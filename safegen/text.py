@@ -147,23 +147,19 @@ class _Joined:
         self.edges[0] = _BREAK
 
 
-class _Node:
-    """One letter of the phrase tree; `entries` are the phrases that end here."""
-
-    __slots__ = ("entries", "next")
-
-    def __init__(self) -> None:
-        self.next: dict[str, _Node] = {}
-        self.entries: list[_Entry] = []
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A phrase: its index, where a text may have white space in it, and where the end of a clause."""
+    """A phrase: its index and letters, where a text may have white space in it, and where the end of a clause."""
 
     index: int
+    letters: str
     boundaries: frozenset[int]
     breaks: frozenset[int]
+
+
+_Heads = dict[str, list[_Entry]]
+"""Phrases by their first letters, up to `_HEAD`; a shorter phrase by all it has."""
+_HEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +203,8 @@ class PhraseMatcher:
             UsageError: A phrase has no letter and no digit.
         """
         self.phrases = tuple(dict.fromkeys(phrases))
-        self._plain = _Node()
-        self._leet = _Node()
+        self._plain: _Heads = {}
+        self._leet: _Heads = {}
         for index, phrase in enumerate(self.phrases):
             text = normalise(phrase)
             _insert(self._plain, text, index, phrase)
@@ -252,36 +248,41 @@ def phrase_matches(phrase: str, text: str) -> bool:
     return bool(PhraseMatcher((phrase,)).find(text))
 
 
-def _insert(root: _Node, text: str, index: int, phrase: str) -> None:
+def _insert(heads: _Heads, text: str, index: int, phrase: str) -> None:
     joined = _Joined(text)
     if not joined.text:
         raise UsageError(f"phrase {phrase!r} has no letter and no digit, so it can match nothing; remove it")
-    node = root
-    for letter in joined.text:
-        node = node.next.setdefault(letter, _Node())
     breaks = frozenset(start for start in joined.starts if joined.edges[start] == _BREAK)
-    node.entries.append(_Entry(index, frozenset(joined.starts), breaks))
+    entry = _Entry(index, joined.text, frozenset(joined.starts), breaks)
+    heads.setdefault(joined.text[:_HEAD], []).append(entry)
 
 
-def _scan(root: _Node, joined: _Joined) -> Iterator[tuple[int, int, int]]:
-    """Yields `(phrase index, start, end)` for each phrase, walking the tree from each word of the text."""
+def _scan(heads: _Heads, joined: _Joined) -> Iterator[tuple[int, int, int]]:
+    """Yields `(phrase index, start, end)` for each phrase, looking at each word of the text, shorter phrases first."""
     text, edges = joined.text, joined.edges
     for start in joined.starts:
-        node = root
-        spaces: list[int] = []  # offsets in the phrase where the text has white space
-        breaks: list[int] = []  # and where a clause ends
-        for end in range(start, len(text)):
-            step = node.next.get(text[end])
-            if step is None:
-                break
-            node = step
-            if end > start and edges[end] in (_SPACE, _BREAK):
-                (spaces if edges[end] == _SPACE else breaks).append(end - start)
-            if node.entries and _ends_word(text, edges, end + 1):
-                long = end + 1 - start >= _SPLIT_WORD
-                for entry in node.entries:
-                    if entry.breaks.issuperset(breaks) and (long or entry.boundaries.issuperset(spaces)):
-                        yield entry.index, start, end + 1
+        found: list[tuple[int, int]] = []
+        for size in range(1, min(_HEAD, len(text) - start) + 1):
+            for entry in heads.get(text[start : start + size], ()):
+                end = start + len(entry.letters)
+                if (
+                    text.startswith(entry.letters, start)
+                    and _ends_word(text, edges, end)
+                    and _fits(entry, edges, start)
+                ):
+                    found.append((end, entry.index))
+        yield from ((index, start, end) for end, index in sorted(found))
+
+
+def _fits(entry: _Entry, edges: bytearray, start: int) -> bool:
+    """Tells whether a text has white space and ends of clauses only where a phrase that it spells may have them."""
+    size = len(entry.letters)
+    inside = edges[start + 1 : start + size]
+    if not any(inside):
+        return True
+    spaces = [k for k, edge in enumerate(inside, 1) if edge == _SPACE]
+    breaks = [k for k, edge in enumerate(inside, 1) if edge == _BREAK]
+    return entry.breaks.issuperset(breaks) and (size >= _SPLIT_WORD or entry.boundaries.issuperset(spaces))
 
 
 def _ends_word(text: str, edges: bytearray, end: int) -> bool:

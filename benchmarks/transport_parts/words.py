@@ -15,8 +15,10 @@ from transformers import CLIPTokenizer
 from safegen.backend.base import Backend
 from safegen.errors import SafegenError
 from safegen.policy.catalogue import load_catalogue
+from safegen.policy.context import utc_now
+from safegen.policy.hits import lexical_hits
 from safegen.policy.load import load_policy
-from safegen.policy.resolve import ResolvedPolicy, lexical_hits, resolve
+from safegen.policy.resolve import ResolvedPolicy, resolve
 from safegen.transport.calibrate import auroc
 from safegen.transport.scores import token_overlap
 from safegen.transport.sentence import SentenceEncoder
@@ -77,7 +79,7 @@ class Words:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.policy: ResolvedPolicy = resolve(load_policy("strict"), load_catalogue(), available=())
+        self.policy: ResolvedPolicy = resolve(load_policy("strict"), load_catalogue(), available=(), now=utc_now())
         self._category = {rule.concept.id: rule.concept.category for rule in self.policy.rules}
         self.concepts = [rule.concept for rule in self.policy.rules if rule.concept.category in NAMED]
         ids = backend.tokenise([concept.name for concept in self.concepts]).tolist()

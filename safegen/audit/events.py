@@ -175,6 +175,15 @@ class HitRecord(Plain):
 
 
 @dataclass(frozen=True, slots=True)
+class ExceptionRecord(Plain):
+    """An exception that made a difference: its id, the rule that is touched, and what that rule does instead."""
+
+    id: str
+    rule: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
 class VerdictRecord(Plain):
     """What was found. `rule` and `severity` are those of the gravest finding, absent where nothing matched."""
 
@@ -267,6 +276,7 @@ class Record(Plain):
     inputs: tuple[str, ...] | None = None
     membranes: tuple[MembraneRecord, ...] | None = None
     hits: tuple[HitRecord, ...] | None = None
+    exceptions: tuple[ExceptionRecord, ...] | None = None
     verdict: VerdictRecord | None = None
     action: ActionRecord | None = None
     attest: AttestRecord | None = None
@@ -288,6 +298,7 @@ class EventFields(TypedDict, total=False):
     inputs: tuple[InputKind, ...]
     membranes: tuple[MembraneRecord, ...]
     hits: tuple[HitRecord, ...]
+    exceptions: tuple[ExceptionRecord, ...]
     verdict: VerdictRecord
     action: ActionRecord
     attest: AttestRecord

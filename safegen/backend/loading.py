@@ -26,12 +26,14 @@ def quiet_loading() -> Generator[None]:
             module.enable_progress_bar()
 
 
-def load_pipeline(model: str, *, revision: str | None = None) -> Any:
+def load_pipeline(model: str, *, revision: str | None = None, text_only: bool = False) -> Any:
     """Loads a diffusers pipeline.
 
     Args:
         model: "mini" for the embedded model, a pipeline folder, or a hub id ("owner/name").
         revision: A pinned commit, for a hub id.
+        text_only: Whether the denoiser has its shapes and no values, and there is no autoencoder: enough to decide on
+            prompts, and a small part of the weights.
 
     Raises:
         UsageError: Not a pipeline folder, or the hub could not be read (`HF_HUB_OFFLINE` is honoured).
@@ -40,7 +42,9 @@ def load_pipeline(model: str, *, revision: str | None = None) -> Any:
     if model == "mini":
         from safegen import mini
 
-        return mini.load()
+        if not text_only:
+            return mini.load()
+        model = str(mini.folder())
     from diffusers import DiffusionPipeline
 
     folder = Path(model)
@@ -51,7 +55,8 @@ def load_pipeline(model: str, *, revision: str | None = None) -> Any:
         )
     try:
         with quiet_loading():
-            pipe = DiffusionPipeline.from_pretrained(model, revision=revision, use_safetensors=True)
+            given = _without_pictures(model, revision) if text_only else {}
+            pipe = DiffusionPipeline.from_pretrained(model, revision=revision, use_safetensors=True, **given)
     except AttributeError as error:
         raise UnsupportedBackendError(f"{model}: {error}") from error
     except (OSError, ValueError) as error:
@@ -60,3 +65,14 @@ def load_pipeline(model: str, *, revision: str | None = None) -> Any:
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _without_pictures(model: str, revision: str | None) -> dict[str, Any]:
+    """Returns what stands in for the parts of a pipeline that only draw."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config: Any = UNet2DConditionModel.load_config(model, subfolder="unet", revision=revision)
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel.from_config(config)
+    return {"unet": denoiser, "vae": None, "safety_checker": None, "feature_extractor": None}

@@ -16,13 +16,18 @@ from safegen.cli import (
     calibrate,
     convert,
     demo,
+    diff,
     explain,
     faults,
+    fmt,
     generate,
+    init,
     inspect,
     lint,
+    schema,
     test,
     train,
+    validate,
 )
 from safegen.cli.faults import reported
 from safegen.cli.render import show, warn
@@ -88,6 +93,11 @@ app.command("explain", epilog=explain.EXAMPLE)(reported()(explain.explain))
 app.command("test", epilog=test.EXAMPLE)(reported()(test.run_tests))
 app.command("lint", epilog=lint.EXAMPLE)(reported()(lint.lint))
 app.command("inspect", epilog=inspect.EXAMPLE)(reported()(inspect.inspect))
+app.command("init", epilog=init.EXAMPLE)(reported()(init.init))
+app.command("validate", epilog=validate.EXAMPLE)(reported()(validate.validate))
+app.command("fmt", epilog=fmt.EXAMPLE)(reported()(fmt.fmt))
+app.command("diff", epilog=diff.EXAMPLE)(reported()(diff.diff))
+app.command("schema", epilog=schema.EXAMPLE)(reported()(schema.schema))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -76,6 +76,7 @@ def audit(
     show_all: ShowAll = False,
     explain: Explain = False,
     membranes: options.Membranes = None,
+    context: options.Context = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a policy decides for every prompt of a file, without drawing; or check an audit log (`verify`).
@@ -93,11 +94,11 @@ def audit(
         )
     from safegen.policy.load import load_policy
 
-    name = options.policy_for(policy, model)
+    name, caller = options.policy_for(policy, model), options.context_of(context)
     load_policy(name)  # for its faults, before the model is loaded
     with _spooled(prompts) as rows:
         highest = _audit(
-            rows, name, model, revision, membranes or [], show_all=show_all, explain=explain, as_json=as_json
+            rows, name, model, revision, membranes or [], caller, show_all=show_all, explain=explain, as_json=as_json
         )
     severities = list(FailOn)
     if fail_on and highest and severities.index(FailOn(highest)) >= severities.index(fail_on):
@@ -156,6 +157,7 @@ def _audit(
     model: str,
     revision: str | None,
     membranes: Sequence[Path],
+    context: Mapping[str, str],
     *,
     show_all: bool,
     explain: bool,
@@ -168,12 +170,12 @@ def _audit(
 
     from safegen.guard import prepare
 
-    backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes)
+    backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes, context=context)
     notices = (*resolved.notices, *gatekeeper.notices)
     for notice in notices:
         warn(notice)
     warn_of_unused(membranes, resolved, backend.family)
-    summary = Summary(resolved)
+    summary = Summary(gatekeeper.view())
     decided = _decided(rows, gatekeeper, summary, explain=explain)
     if as_json:
         _print_json(decided, summary, policy_values(resolved), backend.family, notices)

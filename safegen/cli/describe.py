@@ -23,6 +23,22 @@ class HitValues(TypedDict):
     action: str
 
 
+class ExceptionValues(TypedDict):
+    """An exception of the policy that made a difference: what the rule does instead, for this caller."""
+
+    exception: str
+    rule: str
+    action: str
+
+
+class ActionValues(TypedDict):
+    """What is done: `type`, whether that is enforced; where it is not, what `enforce` would do (`would`)."""
+
+    type: str
+    enforced: bool
+    would: str | None
+
+
 class TriggerValues(TypedDict):
     """A place in the prompt that opens a membrane; offsets in code points."""
 
@@ -67,14 +83,20 @@ class MembraneValues(TypedDict):
 
 
 class DecisionValues(TypedDict):
-    """What the policy decides for one prompt; `fired` lists every rule that the prompt touches."""
+    """What the policy decides for one prompt; `fired` lists every rule that the prompt touches.
 
+    `verdict` is what was found, `outcome` what follows from it, `action` what is done in the policy's mode.
+    """
+
+    verdict: str
     outcome: str
+    action: ActionValues
     rule: str | None
     severity: str | None
     reason: str
     fired: list[str]
     hits: list[HitValues]
+    exceptions: list[ExceptionValues]
     truncated_tokens: int
     membranes: list[MembraneValues]
 
@@ -95,11 +117,19 @@ def policy_values(policy: ResolvedPolicy) -> PolicyValues:
 
 def decision_values(decision: Decision, policy: ResolvedPolicy) -> DecisionValues:
     """Returns a decision under `policy` as plain values, numbers rounded to six digits."""
-    actions = {rule.id: rule.effective for rule in policy.rules} if decision.hits else {}
-    fired = [hit.rule for hit in decision.hits]
+    actions: dict[str, str] = {rule.id: rule.effective for rule in policy.every_rule} if decision.hits else {}
+    actions |= {one.rule: one.action for one in decision.exceptions}
+    fired = [hit.rule for hit in decision.hits] + [one.rule for one in decision.exceptions]
     fired += [activation.installed.rule.id for activation in decision.activations if activation.opened]
+    enforced = policy.mode == "enforce"
     return {
+        "verdict": decision.verdict,
         "outcome": decision.outcome,
+        "action": {
+            "type": decision.outcome if enforced else "allow",
+            "enforced": enforced,
+            "would": None if enforced else decision.outcome,
+        },
         "rule": decision.rule.id if decision.rule else None,
         "severity": decision.rule.severity.value if decision.rule else None,
         "reason": decision.reason,
@@ -107,6 +137,9 @@ def decision_values(decision: Decision, policy: ResolvedPolicy) -> DecisionValue
         "hits": [
             {"rule": hit.rule, "concept": hit.concept, "phrase": hit.phrase, "action": actions[hit.rule]}
             for hit in decision.hits
+        ],
+        "exceptions": [
+            {"exception": one.exception, "rule": one.rule, "action": one.action} for one in decision.exceptions
         ],
         "truncated_tokens": decision.truncated,
         "membranes": [membrane_values(activation, decision.text or "") for activation in decision.activations],

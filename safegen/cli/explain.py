@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safegen.cli import options
-from safegen.cli.describe import MembraneValues, decision_values, graded, policy_values
+from safegen.cli.describe import DecisionValues, MembraneValues, decision_values, graded, policy_values
 from safegen.cli.render import Column, Line, Sheet, show, show_json, show_weighed, warn
 from safegen.errors import UsageError
 
@@ -39,6 +39,7 @@ def explain(
     model: options.Model = options.MINI,
     revision: options.Revision = None,
     membranes: options.Membranes = None,
+    context: options.Context = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show why a policy decides what it decides for one prompt: scores, thresholds, and the words that did it."""
@@ -46,7 +47,7 @@ def explain(
         raise UsageError("--prompt is blank; expected the prompt to explain (quote it: it may hold spaces)")
     from safegen.policy.load import load_policy
 
-    name = options.policy_for(policy, model)
+    name, caller = options.policy_for(policy, model), options.context_of(context)
     load_policy(name)  # for its faults, before the model is loaded
 
     from safegen.cli.host import load_host
@@ -56,17 +57,18 @@ def explain(
     from safegen.explain import explain as explained
     from safegen.guard import prepare
 
-    backend, resolved, gatekeeper = prepare(pipe, name, membranes=membranes or [])
+    backend, resolved, gatekeeper = prepare(pipe, name, membranes=membranes or [], context=caller)
     found = explained(gatekeeper, prompt)
     notices = (*resolved.notices, *gatekeeper.notices)
     for notice in notices:
         warn(notice)
-    values = _values(prompt, found, resolved)
+    view = gatekeeper.view()
+    values = _values(prompt, found, view)
     if as_json:
         head = {"policy": policy_values(resolved), "model": {"family": backend.family, "encoder": backend.fingerprint}}
         show_json(head | {"notices": list(notices)} | values)
     else:
-        _print(prompt, found, resolved)
+        _print(prompt, found, view)
 
 
 def _values(prompt: str, found: Explanation, policy: ResolvedPolicy) -> dict[str, object]:
@@ -80,7 +82,8 @@ def _values(prompt: str, found: Explanation, policy: ResolvedPolicy) -> dict[str
         {**membrane, "verdict": _verdict(membrane), "evidence": list(evidence)}
         for membrane, evidence in zip(decision["membranes"], found.evidence, strict=True)
     ]
-    return {"prompt": prompt, "tokens": tokens, "words": words, **decision, "membranes": membranes}
+    places = {rule.id: dict(rule.places) for rule in policy.rules if rule.id in decision["fired"]}
+    return {"prompt": prompt, "tokens": tokens, "words": words, **decision, "membranes": membranes, "stated": places}
 
 
 def _verdict(membrane: MembraneValues) -> str:
@@ -96,9 +99,29 @@ def _print(prompt: str, found: Explanation, policy: ResolvedPolicy) -> None:
     )
     for hit in decision["hits"]:
         show(f"rule {hit['rule']}: the prompt names {hit['concept']} ({hit['phrase']})")
+    for line in _stated(decision, policy):
+        show(line)
     if decision["truncated_tokens"]:
         kept = found.tokens[found.read - 1].end if found.read else 0
         show(f"{decision['truncated_tokens']} tokens are past the model's window; it does not read {prompt[kept:]!r}")
+
+
+def _stated(decision: DecisionValues, policy: ResolvedPolicy) -> Iterator[str]:
+    """Yields, for each rule that is touched, where its settings are stated, and the exception that holds."""
+    from safegen.policy.schema import BUILT_IN
+
+    exceptions = {exception.stated.id: exception for exception in policy.exceptions}
+    for rule in policy.rules:
+        if rule.id not in decision["fired"]:
+            continue
+        files = {place: [name for name, at in rule.places.items() if at == place] for place in rule.places.values()}
+        for place, names in files.items():
+            if place != BUILT_IN:
+                yield f"rule {rule.id}: {', '.join(names)} stated at {place}"
+        if rule.exception is not None:
+            one = exceptions[rule.exception]
+            until = f"until {one.stated.expires.isoformat()}, owner {one.stated.owner}: {one.stated.reason}"
+            yield f"rule {rule.id}: {rule.effective} by exception {one.stated.id} ({one.place}), {until}"
 
 
 def _lines(membrane: MembraneValues, *, enforced: bool) -> Sequence[Line]:

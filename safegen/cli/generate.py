@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -42,6 +42,14 @@ class ImageValues(TypedDict):
     decision: DecisionValues
 
 
+class Applied(TypedDict):
+    """What a policy is applied with."""
+
+    audit: Path | None
+    membranes: Sequence[Path]
+    context: Mapping[str, str]
+
+
 Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; one image each.")]
 Out = Annotated[Path, typer.Option(help="Folder of the images (0001.png, …); numbers go on after those there.")]
 Seed = Annotated[
@@ -76,6 +84,7 @@ def generate(
     negative: Negative = None,
     audit: Audit = None,
     membranes: options.Membranes = None,
+    context: options.Context = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Draw images under a policy.
@@ -88,7 +97,7 @@ def generate(
     if blank:
         raise UsageError(f"prompt {blank[0]} is blank; say what to draw (quote the prompt: it may hold spaces)")
     options.check_folder(out)
-    name = options.policy_for(policy, model)
+    name, caller = options.policy_for(policy, model), options.context_of(context)
     load_policy(name)  # for its faults, before the model is loaded
 
     from safegen.cli.drawing import Drawing
@@ -97,7 +106,8 @@ def generate(
     pipe = load_host(model, revision)
     scale = _MINI_GUIDANCE if guidance is None and model == options.MINI else guidance
     how = Drawing(secrets.randbelow(2**31) if seed is None else seed, steps, scale, negative)
-    _draw_guarded(pipe, prompts, name, how, out=out, audit=audit, membranes=membranes or [], as_json=as_json)
+    applied: Applied = {"audit": audit, "membranes": membranes or [], "context": caller}
+    _draw_guarded(pipe, prompts, name, how, applied, out=out, as_json=as_json)
 
 
 def _draw_guarded(
@@ -105,17 +115,16 @@ def _draw_guarded(
     prompts: Sequence[str],
     policy: str,
     how: Drawing,
+    applied: Applied,
     *,
     out: Path,
-    audit: Path | None,
-    membranes: Sequence[Path],
     as_json: bool,
 ) -> None:
     from safegen.backend import backend_of
     from safegen.guard import apply_policy
 
-    with apply_policy(pipe, policy, audit=audit, membranes=membranes) as guard:
-        warn_of_unused(membranes, guard.policy, backend_of(pipe).family)
+    with apply_policy(pipe, policy, **applied) as guard:
+        warn_of_unused(applied["membranes"], guard.policy, backend_of(pipe).family)
         decisions = [decision_values(decision, guard.policy) for decision in guard.decide(prompts)]
         head = {"policy": policy_values(guard.policy), "seed": how.seed, "audit": str(guard.audit_path)}
         images: list[ImageValues] = []

@@ -69,12 +69,13 @@ def _quiet_libraries() -> Generator[None]:
             module.set_verbosity(level)
 
 
-def load_host(model: str, revision: str | None = None) -> Any:
+def load_host(model: str, revision: str | None = None, *, text_only: bool = False) -> Any:
     """Loads a pipeline, and with it all that safegen needs to guard it.
 
     Args:
         model: "mini", a pipeline folder, or a hub id.
         revision: A pinned commit, for a hub id.
+        text_only: Whether only what decides on prompts is loaded; nothing can be drawn then.
 
     Raises:
         UsageError, UnsupportedBackendError: See `safegen.backend.loading.load_pipeline`.
@@ -84,7 +85,7 @@ def load_host(model: str, revision: str | None = None) -> Any:
         import safegen.guard  # noqa: F401  # pyright: ignore[reportUnusedImport] - imported here to be quiet
         from safegen.backend.loading import load_pipeline
 
-        return load_pipeline(model, revision=revision)
+        return load_pipeline(model, revision=revision, text_only=text_only)
 
 
 def needs_no_folder(base: str) -> bool:

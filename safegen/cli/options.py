@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +44,15 @@ Base = Annotated[
         help="The model that the file was made for, to find its sites: sd1, sd2, mini, or a pipeline folder.",
     ),
 ]
+Context = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--context",
+        metavar="KEY=VALUE",
+        help="What is known of the caller, such as tenant=acme or task=img2img, for exceptions and applies_to; may be "
+        "given several times.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and nothing else there.")]
 
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write a JUnit report (XML).")]
@@ -53,6 +62,24 @@ Sarif = Annotated[Path | None, typer.Option("--sarif", metavar="FILE", help="Als
 def policy_for(policy: str | None, model: str) -> str:
     """Returns the policy to use: the one given, or the shipped one that fits the model."""
     return policy or ("mini-strict" if model == MINI else "strict")
+
+
+def context_of(given: Sequence[str] | None) -> dict[str, str]:
+    """Reads the values of `--context`.
+
+    Raises:
+        UsageError: One is not KEY=VALUE, or names a key twice, or is none that a context may hold.
+    """
+    from safegen.policy.context import checked
+
+    context: dict[str, str] = {}
+    for item in given or ():
+        key, sign, value = item.partition("=")
+        if not sign or not value or key in context:
+            what = "a key that was given before" if key in context else "something else"
+            raise UsageError(f"--context {item}: expected KEY=VALUE (like tenant=acme), found {what}")
+        context[key] = value
+    return dict(checked(context))
 
 
 def check_folder(path: Path) -> None:

@@ -22,7 +22,7 @@ def warn_of_unused(membranes: Sequence[Path], policy: ResolvedPolicy, family: st
     """
     from safegen.bundle.store import concepts_in
 
-    used = {rule.concept.id for rule in policy.rules if rule.effective == "erase"}
+    used = {rule.concept.id for rule in policy.rules if rule.uses_membrane}
     for root in membranes:
         found = concepts_in(root, family)
         idle = [concept for concept in found if concept not in used]

@@ -26,7 +26,7 @@ from safegen.policy.compiled import read_compiled
 from safegen.policy.concept_check import Owners, phrase_faults
 from safegen.policy.document import Document, read_document
 from safegen.policy.faults import in_document_order, validate
-from safegen.policy.schema import Category, Kebab, Strict, spelled
+from safegen.policy.fields import Category, Kebab, Strict, spelled, within
 from safegen.resources import shipped
 from safegen.text import normalise
 
@@ -128,7 +128,7 @@ class Catalogue:
         """Returns what a rule's `concept` names: one concept, or all world concepts of `<category>/*`; maybe none."""
         category, star, _ = concept.partition("/*")
         if star:
-            return tuple(c for c in self.concepts.values() if c.category == category and c.id in self.world)
+            return tuple(c for c in self.concepts.values() if within(c.category, category) and c.id in self.world)
         return (self.concepts[concept],) if concept in self.concepts else ()
 
 
@@ -204,7 +204,7 @@ def _file_faults(content: ConceptFile, document: Document, origin: dict[str, str
         if concept.id in origin:
             faults.append(problem)
         origin.setdefault(concept.id, problem.where)
-        artist = content.collection == "world" and concept.category == "artist-style"
+        artist = content.collection == "world" and within(concept.category, "artist-style")
         if artist != (concept.living is not None):
             expected = (
                 "state `living: true` or `living: false`" if artist else "`living` is for artists only; remove it"

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -26,9 +26,22 @@ MAX_NODES = 20_000
 Loc = tuple[str | int, ...]
 """The path of a value: `("rules", 0, "action")`."""
 
+
+class Place(NamedTuple):
+    """Where a value stands: the file, and line and column from 1."""
+
+    source: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}"
+
+
 _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
+_SWITCH = re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
 _INT = re.compile(r"[-+]?[0-9]{1,18}")  # longer ones are read as floats, in constant time
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]{1,3})?")
 
@@ -40,27 +53,29 @@ class Document:
     Attributes:
         source: File name, for messages.
         value: The content as dicts with text keys, lists, text, numbers, booleans and None.
-        values: `(line, column)` of each value, counted from 1.
-        keys: The same for each mapping key, under the path of its value.
+        values: Where each value stands.
+        keys: Where each mapping key stands, under the path of its value.
+        switches: Values and keys (under the path of the value) that YAML 1.1 reads as true or false: yes, no, on, off
+            without quotes.
     """
 
     source: str
     value: object
-    values: Mapping[Loc, tuple[int, int]]
-    keys: Mapping[Loc, tuple[int, int]]
+    values: Mapping[Loc, Place]
+    keys: Mapping[Loc, Place]
+    switches: Mapping[Loc, Place] = field(default_factory=dict[Loc, Place])
 
-    def position(self, loc: Loc, *, key: bool = False) -> tuple[int, int]:
-        """Returns `(line, column)` of the value at `loc` (of its key, with `key`), or of what encloses it."""
+    def position(self, loc: Loc, *, key: bool = False) -> Place:
+        """Returns the place of the value at `loc` (of its key, with `key`), or of what encloses it."""
         if key and loc in self.keys:
             return self.keys[loc]
         while loc and loc not in self.values:
             loc = loc[:-1]
-        return self.values.get(loc, (1, 1))
+        return self.values.get(loc, Place(self.source, 1, 1))
 
     def problem(self, loc: Loc, message: str, *, key: bool = False) -> Problem:
         """Returns a `Problem` that points at `loc`."""
-        line, column = self.position(loc, key=key)
-        return Problem(f"{self.source}:{line}:{column}", message)
+        return Problem(str(self.position(loc, key=key)), message)
 
 
 def read_document(path: Path) -> Document:
@@ -70,22 +85,31 @@ def read_document(path: Path) -> Document:
         PolicyNotFoundError: There is no such file, or it cannot be read.
         PolicySyntaxError: Too large, not UTF-8, or anything `parse_document` refuses.
     """
+    return parse_document(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file, a byte order mark at its start included.
+
+    Raises:
+        PolicyNotFoundError: There is no such file, or it cannot be read.
+        PolicySyntaxError: Too large, or not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise PolicyNotFoundError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(raw) > MAX_BYTES:
-        raise PolicySyntaxError(f"{path}:1:1: the file is larger than {MAX_BYTES // 1024} KiB; split it")
+        text = f"the file is larger than {MAX_BYTES // 1024} KiB; split it"
+        raise PolicySyntaxError([Problem(f"{path}:1:1", text)])
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise PolicySyntaxError(
-            f"{path}:{line}:{column}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-        ) from error
-    return parse_document(text, str(path))
+        text = f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        raise PolicySyntaxError([Problem(f"{path}:{line}:{column}", text)]) from error
 
 
 def parse_document(text: str, source: str) -> Document:
@@ -100,7 +124,7 @@ def parse_document(text: str, source: str) -> Document:
     """
     builder = _Builder(source)
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
+        for event in YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")):
             builder.take(event)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -110,8 +134,8 @@ def parse_document(text: str, source: str) -> Document:
     if not builder.faults and not builder.values:
         builder.refuse(None, "the file is empty; a policy starts with `apiVersion: safegen.dev/v1`")
     if builder.faults:
-        raise PolicySyntaxError("\n".join(str(fault) for fault in builder.faults))
-    return Document(source, builder.root, builder.values, builder.keys)
+        raise PolicySyntaxError(builder.faults)
+    return Document(source, builder.root, builder.values, builder.keys, builder.switches)
 
 
 def _scalar(text: str) -> object:
@@ -142,16 +166,19 @@ class _Builder:
     source: str
     root: object = None
     faults: list[Problem] = field(default_factory=list[Problem])
-    values: dict[Loc, tuple[int, int]] = field(default_factory=dict[Loc, tuple[int, int]])
-    keys: dict[Loc, tuple[int, int]] = field(default_factory=dict[Loc, tuple[int, int]])
+    values: dict[Loc, Place] = field(default_factory=dict[Loc, Place])
+    keys: dict[Loc, Place] = field(default_factory=dict[Loc, Place])
+    switches: dict[Loc, Place] = field(default_factory=dict[Loc, Place])
     stack: list[_Open] = field(default_factory=list[_Open])
     nodes: int = 0
     documents: int = 0
 
     def refuse(self, mark: Any, message: str) -> None:
         """Notes a fault at a parser mark (the start of the file without one)."""
-        line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
-        self.faults.append(Problem(f"{self.source}:{line}:{column}", message))
+        self.faults.append(Problem(str(self._at(mark)), message))
+
+    def _at(self, mark: Any) -> Place:
+        return Place(self.source, mark.line + 1, mark.column + 1) if mark is not None else Place(self.source, 1, 1)
 
     def take(self, event: Any) -> None:
         """Takes the parser's next event.
@@ -183,7 +210,7 @@ class _Builder:
         ):
             if over:
                 self.refuse(event.start_mark, what)
-                raise PolicySyntaxError("\n".join(str(fault) for fault in self.faults))
+                raise PolicySyntaxError(self.faults)
 
     def _take_node(self, kind: str, event: Any) -> None:
         if event.anchor is not None:
@@ -197,8 +224,9 @@ class _Builder:
             return
         loc = self._place(parent)
         absent = kind == "ScalarEvent" and event.value == "" and event.style is None  # stands where the next thing is
-        here = (event.start_mark.line + 1, event.start_mark.column + 1)
+        here = self._at(event.start_mark)
         self.values[loc] = self.keys.get(loc, here) if absent else here
+        self._note_switch(loc, kind, event)
         value: Any = None
         if kind == "ScalarEvent":
             value = _scalar(event.value) if event.style is None and event.implicit[0] else event.value
@@ -218,10 +246,16 @@ class _Builder:
             self.refuse(event.start_mark, "merge key << is refused; write the keys out")
         loc = (*parent.loc, parent.key)
         if loc in self.keys:
-            line, column = self.keys[loc]
-            self.refuse(event.start_mark, f"duplicate key {parent.key!r}; first at line {line}, column {column}")
+            first = self.keys[loc]
+            text = f"duplicate key {parent.key!r}; first at line {first.line}, column {first.column}"
+            self.refuse(event.start_mark, text)
         else:
-            self.keys[loc] = (event.start_mark.line + 1, event.start_mark.column + 1)
+            self.keys[loc] = self._at(event.start_mark)
+            self._note_switch(loc, kind, event)
+
+    def _note_switch(self, loc: Loc, kind: str, event: Any) -> None:
+        if kind == "ScalarEvent" and event.style is None and _SWITCH.fullmatch(event.value):
+            self.switches[loc] = self._at(event.start_mark)
 
     def _place(self, parent: _Open | None) -> Loc:
         if parent is None:

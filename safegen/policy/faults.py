@@ -16,6 +16,8 @@ M = TypeVar("M", bound=BaseModel)
 
 CONSISTENCY = "consistency"
 """Error type of faults between fields, which the loader reports itself with their positions."""
+UNKNOWN = "unknown"
+"""Error type of values that are none of a set; the message says all, with a suggestion."""
 
 
 def validate(model: type[M], document: Document) -> tuple[M | None, list[Problem]]:
@@ -26,25 +28,35 @@ def validate(model: type[M], document: Document) -> tuple[M | None, list[Problem
         document: The parsed document.
 
     Returns:
-        The instance, or None, and the faults found; at least one of the two is present, save for faults between
-        fields, which leave both empty.
+        The instance, or None, and the faults found: those of the model, and words that YAML 1.1 reads as a switch.
+        Faults between fields leave both empty.
     """
     if not isinstance(document.value, dict):
         return None, [document.problem((), f"expected keys and values, found {_shown(document.value)}")]
+    instance: M | None = None
+    faults: list[Problem] = []
     try:
-        return model.model_validate(document.value), []
+        instance = model.model_validate(document.value)
     except ValidationError as error:
-        return None, [_problem(model, document, fault) for fault in error.errors(include_url=False) if _counts(fault)]
+        faults = [_problem(model, document, fault) for fault in error.errors(include_url=False) if _counts(fault)]
+    told = {fault.where for fault in faults}
+    text = (
+        "yes, no, on and off without quotes are true or false to YAML 1.1 tools; quote the word, or write true or false"
+    )
+    faults += [Problem(str(place), text) for place in document.switches.values() if str(place) not in told]
+    return instance, faults
 
 
 def in_document_order(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Returns problems sorted by line and column, each once."""
+    """Returns problems sorted by line and column, each once; those of several files in the order of their files."""
+    found = list(dict.fromkeys(problems))
+    files = list(dict.fromkeys(problem.where.rsplit(":", 2)[0] for problem in found))
 
-    def place(problem: Problem) -> tuple[int, int]:
-        _, line, column = problem.where.rsplit(":", 2)
-        return int(line), int(column)
+    def place(problem: Problem) -> tuple[int, int, int]:
+        source, line, column = problem.where.rsplit(":", 2)
+        return files.index(source), int(line), int(column)
 
-    return tuple(sorted(dict.fromkeys(problems), key=place))
+    return tuple(sorted(found, key=place))
 
 
 def _counts(fault: ErrorDetails) -> bool:
@@ -55,10 +67,15 @@ def _counts(fault: ErrorDetails) -> bool:
 
 def _problem(model: type[BaseModel], document: Document, fault: ErrorDetails) -> Problem:
     loc = tuple(fault["loc"])
+    if loc and loc[-1] == "[key]":  # pydantic's way to say that the key is at fault, not its value
+        message = f"{loc[-3]}: {_expectation(fault)}; found {_shown(fault['input'])}"
+        return document.problem(loc[:-1], message, key=True)
     kind, found = fault["type"], fault["input"]
     name = str(loc[-1]) if loc else "document"
     if kind == "extra_forbidden":
         return document.problem(loc, f"unknown key {name!r}.{did_you_mean(name, _fields(model, loc[:-1]))}", key=True)
+    if kind == UNKNOWN:
+        return document.problem(loc, fault["msg"])
     if kind == "missing":
         return document.problem(loc, f"missing key {name!r}")
     if isinstance(loc[-1] if loc else None, int):  # an entry of a list goes by the name of the list
@@ -82,6 +99,9 @@ def _expectation(fault: ErrorDetails) -> str:
         "dict_type": "expected keys and values",
         "tuple_type": "expected a list",
         "too_short": "expected at least one entry",
+        "too_long": f"expected at most {fault.get('ctx', {}).get('max_length')} entries",
+        "bool_type": "expected true or false",
+        "float_type": "expected a number",
     }
     return plain.get(kind, fault["msg"].replace("Input should be", "expected", 1).replace("Value error, ", "", 1))
 

@@ -1,21 +1,24 @@
-"""What a policy comes to on one base model: every rule with its phrases, its membrane and its effective action."""
+"""What a policy comes to on one base model, for one caller, at one time: the only place that decides it.
+
+The runtime, `safegen test`, `audit` and `explain` all ask `resolve`, or `ResolvedPolicy.at`, which it ends with.
+Nothing else looks at when an exception expires or whom it is for.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
 
-import rfc8785
-
-from safegen.errors import MembraneNotFoundError, PolicyConflictError, did_you_mean
+from safegen.errors import MembraneNotFoundError, UsageError
+from safegen.policy.canonical import digest_of
 from safegen.policy.catalogue import Catalogue, Concept
-from safegen.policy.schema import Action, Audit, Category, Mode, OnMissing, OnUnknown, Policy, Rule, Severity, Transport
-from safegen.spans import changes, span
-from safegen.text import Match, PhraseMatcher, normalise
-
-_SHOWN = 5  # concept ids that a notice spells out
+from safegen.policy.context import TASK, Context, checked
+from safegen.policy.fields import Action, Category, Mode, OnMissing, OnUnknown, Severity, Task
+from safegen.policy.notices import notices_of
+from safegen.policy.schema import Audit, Policy, PolicyException, Transport
+from safegen.policy.settings import Taken, rule_settings, taken
+from safegen.text import PhraseMatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,15 @@ class ResolvedRule:
         category: The category that the rule states.
         severity: As in the policy.
         action: What the policy asks for.
-        effective: What will be done: as `action`, save that erasing without a membrane becomes refuse or flag.
+        effective: What will be done: as `action`, save that an exception may ask for less, and that erasing without a
+            membrane becomes refuse or flag.
         strength: Factor on the membrane.
         transport: Scores to permeabilities, defaults filled in.
         on_missing: What the policy says about a missing membrane, default filled in.
+        applies_to: The tasks that it holds for.
         has_membrane: Whether a membrane is available for this concept.
+        places: `file:line` of what decides in it, by field (`action`, `transport.lo`), or `built-in default`.
+        exception: Id of the exception that holds for this caller now; None where none does.
     """
 
     id: str
@@ -44,12 +51,45 @@ class ResolvedRule:
     strength: float
     transport: Transport
     on_missing: OnMissing
+    applies_to: tuple[Task, ...]
     has_membrane: bool
+    places: Mapping[str, str] = field(repr=False, compare=False)
+    exception: str | None = None
+
+    @property
+    def uses_membrane(self) -> bool:
+        """Whether a membrane erases for it: also where it refuses, for what only a score sees."""
+        return self.has_membrane and self.action != "flag"
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedException:
+    """An exception, and the ids of the resolved rules that it is from.
+
+    Attributes:
+        stated: What the policy says.
+        rules: Ids of resolved rules.
+        place: `file:line` where it stands.
+    """
+
+    stated: PolicyException
+    rules: frozenset[str]
+    place: str
+
+    def expired(self, today: date) -> bool:
+        """Tells whether its last day is over."""
+        return today > self.stated.expires
+
+    def holds(self, context: Context, today: date) -> bool:
+        """Tells whether it holds for a caller on a day."""
+        return not self.expired(today) and all(
+            key in context and context[key] in values for key, values in self.stated.when.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPolicy:
-    """A policy ready to be enforced on one base model.
+    """A policy ready to be enforced on one base model, for one caller, at one time.
 
     Attributes:
         id: Id of the policy.
@@ -58,11 +98,14 @@ class ResolvedPolicy:
         on_unknown: What to do with conditioning of unknown origin.
         sentence_encoder: What the score `semantic` reads with: a folder, or a hub id with its commit.
         audit: The record's settings.
-        rules: In document order, categories expanded.
-        digest: SHA-256, hex, over the RFC 8785 form of all that decides (not of descriptions, owner or key order).
+        rules: In document order, categories expanded; those that do not apply to the caller's task are not among them.
+        exceptions: All exceptions, whether they hold or not.
+        digest: SHA-256, hex, over the RFC 8785 form of all that decides (not of descriptions, owners or key order), the
+            same for every caller and at every time.
         notices: Sentences that the person who applies the policy should read.
+        every_rule: All rules, as they are for a caller without exceptions and whose task is not known.
         matcher: Finds the phrases and benign phrases of all rules.
-        owners: Indices into `rules` by phrase.
+        owners: Indices into `every_rule` by phrase.
     """
 
     id: str
@@ -72,56 +115,70 @@ class ResolvedPolicy:
     sentence_encoder: str | None
     audit: Audit
     rules: tuple[ResolvedRule, ...]
+    exceptions: tuple[ResolvedException, ...]
     digest: str
     notices: tuple[str, ...]
+    every_rule: tuple[ResolvedRule, ...] = field(repr=False)
     matcher: PhraseMatcher = field(repr=False, compare=False)
     owners: Mapping[str, tuple[int, ...]] = field(repr=False, compare=False)
 
+    def at(self, now: datetime, context: Context) -> ResolvedPolicy:
+        """Returns what the policy comes to for a caller at a time.
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A prompt names a concept.
+        Args:
+            now: The time, with its zone.
+            context: What the caller says about the request (`safegen.policy.context`).
 
-    Attributes:
-        rule: Id of the resolved rule.
-        concept: Id of the concept.
-        phrase: The phrase that was found, normalised.
-    """
+        Raises:
+            UsageError: The time has no zone, or the context holds something else than texts, or an unknown task.
+        """
+        if now.tzinfo is None:
+            raise UsageError("expected a time with its zone, such as datetime.now(UTC); a time without one is no time")
+        context, today = checked(context), now.astimezone(UTC).date()
+        holding = [exception for exception in self.exceptions if exception.holds(context, today)]
+        task = context.get(TASK)
+        rules = self.every_rule
+        if holding or task is not None:
+            rules = tuple(_excepted(rule, holding) for rule in rules if task is None or task in rule.applies_to)
+        return replace(self, rules=rules)
 
-    rule: str
-    concept: str
-    phrase: str
+
+def _excepted(rule: ResolvedRule, holding: Collection[ResolvedException]) -> ResolvedRule:
+    """Returns a rule under the exceptions that hold: the mildest counts, among equals the first."""
+    found = [exception for exception in holding if rule.id in exception.rules]
+    if not found:
+        return rule
+    mildest = min(found, key=lambda exception: ("flag", "erase").index(exception.stated.action))
+    effective = _effective(mildest.stated.action, rule.on_missing, rule.has_membrane)
+    return replace(rule, effective=effective, exception=mildest.stated.id)
 
 
-@dataclass(frozen=True, slots=True)
-class LocatedHit:
-    """A place where a prompt names a concept.
-
-    Attributes:
-        hit: Which rule, concept and phrase.
-        start: Offset of its first character in the prompt, in code points.
-        end: Offset after its last character.
-        changes: What had to be normalised to find it (`safegen.spans.CHANGES`).
-    """
-
-    hit: Hit
-    start: int
-    end: int
-    changes: tuple[str, ...]
+def _effective(action: Action, on_missing: OnMissing, has_membrane: bool) -> Action:
+    if action == "erase" and not has_membrane:
+        return "flag" if on_missing == "flag" else "refuse"
+    return action
 
 
 def resolve(
-    policy: Policy, catalogue: Catalogue, *, available: Collection[str], family: str | None = None
+    policy: Policy,
+    catalogue: Catalogue,
+    *,
+    available: Collection[str],
+    now: datetime,
+    context: Context | None = None,
+    family: str | None = None,
 ) -> ResolvedPolicy:
-    """Resolves a policy for one base model.
+    """Resolves a policy for one base model, one caller and one time.
 
-    A rule that names a concept takes it away from `<category>/*` rules, so exceptions from a group are written as
-    rules of their own.
+    A rule that names a concept takes it away from `<category>/*` rules, so what is different about one concept of a
+    category is written as a rule of its own.
 
     Args:
         policy: The policy.
         catalogue: The concepts its rules name.
         available: Concept ids that have a membrane for the base model.
+        now: The time that exceptions are held against, with its zone.
+        context: What the caller says about the request: a tenant, a route, a task; by default nothing.
         family: Base family, for messages only.
 
     Returns:
@@ -130,11 +187,12 @@ def resolve(
     Raises:
         PolicyConflictError: A rule names a concept that the catalogue lacks, or a category without concepts.
         MembraneNotFoundError: Rules with `on_missing: error` lack a membrane; the message lists all.
+        UsageError: The time has no zone, or the context cannot be used.
     """
-    rules = tuple(_expand(policy, catalogue, available))
+    concepts = taken(policy, catalogue)
+    rules = tuple(_rules(policy, concepts, available))
     base = f" for base family {family}" if family else ""
-    absent = [r for r in rules if r.action == "erase" and not r.has_membrane]
-    fatal = [r.concept.id for r in absent if r.on_missing == "error"]
+    fatal = [r.concept.id for r in rules if r.action == "erase" and not r.has_membrane and r.on_missing == "error"]
     if fatal:
         raise MembraneNotFoundError(
             f"{policy.metadata.id}: {len(fatal)} rules with on_missing: error have no membrane{base}: "
@@ -142,8 +200,10 @@ def resolve(
         )
     owners: dict[str, tuple[int, ...]] = {}
     for index, rule in enumerate(rules):
-        owners |= {phrase: (*owners.get(phrase, ()), index) for phrase in rule.concept.phrases}
-    return ResolvedPolicy(
+        for phrase in rule.concept.phrases:
+            owners[phrase] = (*owners.get(phrase, ()), index)
+    exceptions = tuple(_exceptions(policy, concepts))
+    everything = ResolvedPolicy(
         id=policy.metadata.id,
         version=policy.metadata.version,
         mode=policy.mode,
@@ -151,142 +211,43 @@ def resolve(
         sentence_encoder=policy.defaults.sentence_encoder,
         audit=policy.audit,
         rules=rules,
-        digest=hashlib.sha256(rfc8785.dumps(_canonical(policy, rules))).hexdigest(),
-        notices=_notices(policy, rules, absent, base),
+        exceptions=exceptions,
+        digest=digest_of(policy, rules, exceptions),
+        notices=notices_of(policy, rules, exceptions, base, now),
+        every_rule=rules,
         matcher=PhraseMatcher([*owners, *(phrase for rule in rules for phrase in rule.concept.benign)]),
         owners=owners,
     )
+    return everything.at(now, context or {})
 
 
-def lexical_hits(resolved: ResolvedPolicy, prompt: str) -> tuple[Hit, ...]:
-    """Returns the rules whose concept a prompt names, whatever their action.
-
-    Args:
-        resolved: The policy.
-        prompt: Any text.
-
-    Returns:
-        One hit per rule and phrase, in rule order; phrases inside a benign phrase of the same concept do not count.
-    """
-    return tuple(dict.fromkeys(hit for hit, _ in _counted(resolved, prompt)))
-
-
-def located_hits(resolved: ResolvedPolicy, prompt: str) -> tuple[LocatedHit, ...]:
-    """Returns every place where a prompt names a concept of a rule, in rule order, then in reading order.
-
-    Args:
-        resolved: The policy.
-        prompt: Any text.
-
-    Returns:
-        The hits with their places; a phrase that is found in both readings at one place comes once.
-    """
-    found: dict[tuple[Hit, tuple[int, int]], LocatedHit] = {}
-    for hit, match in _counted(resolved, prompt):
-        start, end = span(prompt, match)
-        found.setdefault((hit, (start, end)), LocatedHit(hit, start, end, changes(prompt, match)))
-    return tuple(found.values())
+def _rules(policy: Policy, concepts: list[Taken], available: Collection[str]) -> Iterator[ResolvedRule]:
+    settings = [rule_settings(policy, index) for index in range(len(policy.rules))]
+    places = [{name: policy.where(setting.loc) for name, setting in found.items()} for found in settings]
+    transports = [
+        Transport.model_validate({name: found[f"transport.{name}"].value for name in Transport.model_fields})
+        for found in settings
+    ]
+    for one in concepts:
+        rule, found, has_membrane = policy.rules[one.index], settings[one.index], one.concept.id in available
+        yield ResolvedRule(
+            id=one.id,
+            concept=one.concept,
+            category=rule.category,
+            severity=rule.severity,
+            action=rule.action,
+            effective=_effective(rule.action, found["on_missing"].value, has_membrane),
+            strength=rule.strength,
+            transport=transports[one.index],
+            on_missing=found["on_missing"].value,
+            applies_to=rule.applies_to,
+            has_membrane=has_membrane,
+            places=places[one.index],
+        )
 
 
-def _counted(resolved: ResolvedPolicy, prompt: str) -> Iterator[tuple[Hit, Match]]:
-    """Yields what counts as naming a concept: matches that are not inside a benign phrase."""
-    found: dict[str, list[Match]] = {}
-    for match in resolved.matcher.find(prompt):
-        found.setdefault(match.phrase, []).append(match)
-    for index in sorted({index for phrase in found for index in resolved.owners.get(phrase, ())}):
-        rule = resolved.rules[index]
-        excused = [match for phrase in rule.concept.benign for match in found.get(phrase, ())]
-        for phrase in rule.concept.phrases:
-            for match in found.get(phrase, ()):
-                if not _inside(match, excused):
-                    yield Hit(rule.id, rule.concept.id, normalise(phrase)), match
-
-
-def _inside(match: Match, others: list[Match]) -> bool:
-    return any(o.reading == match.reading and o.start <= match.start and match.end <= o.end for o in others)
-
-
-def _expand(policy: Policy, catalogue: Catalogue, available: Collection[str]) -> Iterator[ResolvedRule]:
-    named = {rule.concept for rule in policy.rules}
-    for rule in policy.rules:
-        selected = catalogue.select(rule.concept)
-        if not selected:
-            raise PolicyConflictError(
-                f"{policy.metadata.id}: rule {rule.id!r} names concept {rule.concept!r}, which the catalogue lacks."
-                f"{did_you_mean(rule.concept, catalogue.concepts)}"
-            )
-        for concept in selected:
-            if rule.concept == concept.id:
-                yield _resolved(policy, rule, rule.id, concept, concept.id in available)
-            elif concept.id not in named:
-                yield _resolved(policy, rule, f"{rule.id}/{concept.id}", concept, concept.id in available)
-
-
-def _resolved(policy: Policy, rule: Rule, rule_id: str, concept: Concept, has_membrane: bool) -> ResolvedRule:
-    on_missing = rule.on_missing or policy.defaults.on_missing
-    effective = rule.action
-    if rule.action == "erase" and not has_membrane:
-        effective = "flag" if on_missing == "flag" else "refuse"
-    own = rule.transport.model_dump(exclude_unset=True) if rule.transport else {}
-    return ResolvedRule(
-        id=rule_id,
-        concept=concept,
-        category=rule.category,
-        severity=rule.severity,
-        action=rule.action,
-        effective=effective,
-        strength=rule.strength,
-        transport=policy.defaults.transport.model_copy(update=own),
-        on_missing=on_missing,
-        has_membrane=has_membrane,
-    )
-
-
-def _canonical(policy: Policy, rules: tuple[ResolvedRule, ...]) -> dict[str, Any]:
-    """Returns all that decides, as plain values."""
-    return {
-        "apiVersion": policy.apiVersion,
-        "id": policy.metadata.id,
-        "version": policy.metadata.version,
-        "mode": policy.mode,
-        "on_unknown": policy.defaults.on_unknown,
-        "sentence_encoder": policy.defaults.sentence_encoder,
-        "audit": policy.audit.model_dump(mode="json"),
-        "rules": [
-            {
-                "id": rule.id,
-                "concept": rule.concept.id,
-                "phrases": list(rule.concept.phrases),
-                "benign": list(rule.concept.benign),
-                "category": rule.category,
-                "severity": rule.severity.value,
-                "action": rule.action,
-                "effective": rule.effective,
-                "strength": rule.strength,
-                "transport": rule.transport.model_dump(mode="json"),
-                "on_missing": rule.on_missing,
-                "has_membrane": rule.has_membrane,
-            }
-            for rule in rules
-        ],
-    }
-
-
-def _notices(policy: Policy, rules: tuple[ResolvedRule, ...], absent: list[ResolvedRule], base: str) -> tuple[str, ...]:
-    name = policy.metadata.id
-    notices: list[str] = []
-    if policy.mode == "disabled":
-        notices.append(f"{name}: mode is disabled; nothing is refused, erased or flagged.")
-    if policy.mode == "observe":
-        notices.append(f"{name}: mode is observe; what would be done is recorded and nothing else happens.")
-    erasing = sum(rule.effective == "erase" for rule in rules)
-    would = "would be" if policy.mode != "enforce" else "are"
-    for effective, verb in (("refuse", "refused"), ("flag", "flagged only")):
-        ids = [rule.concept.id for rule in absent if rule.effective == effective]
-        if ids:
-            shown = ", ".join(ids[:_SHOWN]) + (", …" if len(ids) > _SHOWN else "")
-            notices.append(
-                f"{name}: {erasing} of {len(rules)} rules erase; {len(ids)} have no membrane{base}: "
-                f"prompts that name these concepts {would} {verb} ({shown})"
-            )
-    return tuple(notices)
+def _exceptions(policy: Policy, concepts: list[Taken]) -> Iterator[ResolvedException]:
+    for index, stated in enumerate(policy.exceptions):
+        named = set(stated.rules)
+        rules = frozenset(one.id for one in concepts if one.id in named or policy.rules[one.index].id in named)
+        yield ResolvedException(stated, rules, policy.where(("exceptions", index)))

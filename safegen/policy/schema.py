@@ -1,77 +1,50 @@
 """The policy document as frozen models; every key has one meaning and unknown keys are faults.
 
-The models say what a policy may contain. What it comes to on a given base model is `safegen.policy.resolve`; reading
-it from a file, with positions in every message, is `safegen.policy.load`.
+The models say what a policy may contain. Faults between fields are in `safegen.policy.consistency`; what a policy comes
+to on a given base model is `safegen.policy.resolve`; reading it from a file, with positions in every message, is
+`safegen.policy.load`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from enum import Enum
-from functools import total_ordering
-from typing import Annotated, Any, Literal, Self, cast
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, StrictBool, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from safegen.policy.document import Loc
+from safegen.policy.consistency import consistency_faults, is_threshold
+from safegen.policy.document import Loc, Place
+from safegen.policy.extend import MAX_PARENTS
 from safegen.policy.faults import CONSISTENCY
-
-Mode = Literal["enforce", "observe", "disabled"]
-Category = Literal["explicit", "artist-style", "ip-character", "object", "memorised", "custom"]
-Action = Literal["erase", "refuse", "flag"]
-OnUnknown = Literal["open", "refuse"]
-OnMissing = Literal["refuse-prompts", "error", "flag"]
-ScoreName = Literal["direction", "lexical", "paper", "semantic", "always"]
-Guidance = Literal["both", "conditional"]
-
-
-def spelled(pattern: str, words: str) -> AfterValidator:
-    """Returns a validator of text that matches `pattern` in full; `words` say it in the message."""
-    compiled = re.compile(pattern)
-
-    def check(value: str) -> str:
-        if not compiled.fullmatch(value):
-            raise PydanticCustomError("spelling", "expected {words}", {"words": words})
-        return value
-
-    return AfterValidator(check)
-
-
-Kebab = Annotated[str, spelled(r"[a-z0-9]+(-[a-z0-9]+)*", "kebab case (like artist-styles)")]
-_ConceptName = Annotated[
-    str, spelled(r"[a-z0-9]+(-[a-z0-9]+)*(/\*)?", "a concept id (like van-gogh) or a category (like artist-style/*)")
-]
-_Version = Annotated[str, spelled(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?", "a semantic version (like 1.0.0)")]
+from safegen.policy.fields import (
+    TASKS,
+    Action,
+    Category,
+    ConceptName,
+    ContextKey,
+    Day,
+    Guidance,
+    Kebab,
+    Listed,
+    Mode,
+    OneOrMore,
+    OnMissing,
+    OnUnknown,
+    RuleName,
+    ScoreName,
+    Severity,
+    Strict,
+    Task,
+    Version,
+    Words,
+)
 
 _Threshold = Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["calibrated"]
 
 _SWITCHES = {"on": "enforce", "yes": "enforce", "true": "enforce"} | dict.fromkeys(("off", "no", "false"), "disabled")
 
-
-class Strict(BaseModel):
-    """Base of all document models: frozen, and unknown keys are faults."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@total_ordering
-class Severity(Enum):
-    """How bad it would be if the concept got through; ordered, so exit codes can ask for `>= HIGH`."""
-
-    INFO = "info"
-    LOW = "low"
-    MEDIUM = "medium"
-    HIGH = "high"
-    CRITICAL = "critical"
-
-    def __lt__(self, other: object) -> bool:
-        """Compares by rank: info < low < medium < high < critical."""
-        if not isinstance(other, Severity):
-            return NotImplemented
-        ranks = list(Severity)
-        return ranks.index(self) < ranks.index(other)
+BUILT_IN = "built-in default"
 
 
 class Metadata(Strict):
@@ -85,7 +58,7 @@ class Metadata(Strict):
     """
 
     id: Kebab
-    version: _Version
+    version: Version
     description: str = ""
     owner: str = ""
 
@@ -100,27 +73,22 @@ class Transport(Strict):
         lo: Score from which a membrane starts to open, in [-1, 1]; below it, it is exactly shut. `calibrated` takes
             what the membrane file says for the pipeline's text encoder. `lexical` and `always` are 0 or 1.
         hi: Score from which it is fully open, at least `lo`; between the two it opens in proportion.
-        least: Permeability for every prompt, whatever its scores, in [0, 1].
+        least: The floor: permeability for every prompt, whatever its scores, in [0, 1].
         guidance: `conditional` opens the rows of the prompts; `both` opens the unconditional (or negative) row of each
             prompt as far as the prompt's own, as SPM's released code does.
     """
 
-    score: Annotated[tuple[ScoreName, ...], Field(min_length=1)] = ("direction", "lexical")
+    score: OneOrMore[ScoreName] = ("direction", "lexical")
     lo: _Threshold = "calibrated"
     hi: _Threshold = "calibrated"
     least: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
     guidance: Guidance = "conditional"
 
-    @field_validator("score", mode="before")
-    @classmethod
-    def _check_score(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
     @field_validator("lo", "hi", mode="before")
     @classmethod
     def _check_threshold(cls, value: object) -> object:
         # Checked before the union, which would report one fault per alternative.
-        if _is_threshold(value) or value == "calibrated":
+        if is_threshold(value) or value == "calibrated":
             return value
         raise PydanticCustomError("threshold", "expected a number from -1 to 1, or calibrated")
 
@@ -146,26 +114,58 @@ class Rule(Strict):
     """One thing that must not appear.
 
     Attributes:
-        id: Kebab case; logs, tests and reports refer to it.
+        id: Kebab case; logs, tests, exceptions and reports refer to it.
         concept: Concept id of the catalogue, or `<category>/*` for every world concept of that category.
-        category: The concept's category, or `custom` for a grouping of one's own.
+        category: The concept's category or one above it (`explicit` for `explicit/nudity`), or `custom` for a grouping
+            of one's own.
         severity: Used by reports and exit codes, not by the arithmetic.
-        action: `erase` opens the membrane as far as the prompt asks; `refuse` draws nothing; `flag` only records.
+        action: `erase` opens the membrane as far as the prompt asks; `refuse` draws nothing for prompts that name the
+            concept, and erases where its membrane is installed and only the score sees it; `flag` only records.
         strength: Factor on the membrane, above 0 and at most 4; 1 is as trained.
         transport: Overrides single keys of `defaults.transport`.
         on_missing: Overrides `defaults.on_missing`.
+        applies_to: The tasks that the rule holds for; a run whose task the caller does not state is held to all rules.
         description: For people.
+        override: Whether the rule may be looser than what it inherits.
+        reason: Why it is; required with `override: true`.
     """
 
     id: Kebab
-    concept: _ConceptName
+    concept: ConceptName
     category: Category
     severity: Severity = Severity.HIGH
     action: Action = "erase"
     strength: Annotated[float, Field(strict=True, gt=0, le=4)] = 1.0
     transport: Transport | None = None
     on_missing: OnMissing | None = None
+    applies_to: OneOrMore[Task] = TASKS
     description: str = ""
+    override: StrictBool = False
+    reason: str = ""
+
+
+class PolicyException(Strict):
+    """For some callers, until some day, some rules act more mildly. What is excepted is still found and recorded.
+
+    Attributes:
+        id: Kebab case; audit records refer to it.
+        rules: Ids of the rules it is an exception from; `<rule id>/<concept id>` for one concept of a category.
+        when: What the caller's context must say, such as a tenant and a route: all keys, each with one of its values.
+        action: What happens instead, milder than what the rule asks for: `erase` or `flag`.
+        reason: Why; a ticket, for instance.
+        owner: Who answers for it.
+        expires: The last day on which it holds, in UTC.
+        override: Whether a policy may make this exception from a rule that it inherits.
+    """
+
+    id: Kebab
+    rules: OneOrMore[RuleName]
+    when: Annotated[Mapping[ContextKey, OneOrMore[Words]], Field(min_length=1)]
+    action: Literal["erase", "flag"]
+    reason: Words
+    owner: Words
+    expires: Day
+    override: StrictBool = False
 
 
 class Audit(Strict):
@@ -184,25 +184,37 @@ class Audit(Strict):
 
 
 class Policy(Strict):
-    """A whole policy document.
+    """A whole policy document, with what it extends filled in.
 
     Attributes:
         apiVersion: Version of this schema.
         kind: Always `Policy`.
         metadata: Which policy this is.
+        extends: Policies whose rules and settings hold here too, left to right: `builtin://strict`, the name of a
+            shipped policy, or a path relative to this file. What is stated here may only be stricter.
+        override: Whether mode, defaults and audit may be looser than what is inherited; rules say it for themselves.
+        reason: Why they are; required with `override: true`.
         mode: `enforce` acts; `observe` records what it would do; `disabled` does nothing.
         defaults: What holds where a rule says nothing else.
-        rules: At least one; ids are unique, and no two rules name the same concept.
+        rules: At least one, here or inherited; ids are unique, and no two rules name the same concept.
+        exceptions: For whom, and until when, rules act more mildly.
         audit: The record.
     """
 
     apiVersion: Literal["safegen.dev/v1"]  # noqa: N815 - the document's own spelling, as in Kubernetes
     kind: Literal["Policy"]
     metadata: Metadata
+    extends: Annotated[Listed[Words], Field(max_length=MAX_PARENTS)] = ()
+    override: StrictBool = False
+    reason: str = ""
     mode: Mode = "enforce"
     defaults: Defaults = Defaults()
-    rules: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    rules: Annotated[tuple[Rule, ...], Field(min_length=1)] = ()
+    exceptions: tuple[PolicyException, ...] = ()
     audit: Audit = Audit()
+
+    _places: Mapping[Loc, Place] = PrivateAttr(default_factory=dict[Loc, Place])
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -224,70 +236,17 @@ class Policy(Strict):
             raise PydanticCustomError(CONSISTENCY, "{text}", {"text": "; ".join(text for _, text in faults)})
         return self
 
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Where this policy, or one that it extends, is looser than its parent, and why: one sentence each."""
+        return self._overrides
 
-def consistency_faults(document: Mapping[str, Any]) -> list[tuple[Loc, str]]:
-    """Returns the faults between fields of a policy document, as paths and messages.
+    def where(self, loc: Loc) -> str:
+        """Returns `file:line` of the value at a path, or `BUILT_IN` where no file states it."""
+        place = self._places.get(loc)
+        return f"{place.source}:{place.line}" if place is not None else BUILT_IN
 
-    Args:
-        document: The document as plain values; parts with other faults are passed over.
-
-    Returns:
-        Duplicate rule ids, concepts named by two rules, thresholds that do not go together, a score without its
-        encoder, and a degradable audit in mode enforce.
-    """
-    faults: list[tuple[Loc, str]] = [*_transport_faults(document)]
-    rules: Any = document.get("rules")
-    for key, message in (("id", "rule id {!r} is taken by rule {}"), ("concept", "concept {!r} has rule {} already")):
-        seen: dict[str, int] = {}
-        for index, rule in enumerate(cast("list[Any]", rules) if isinstance(rules, list) else []):
-            name: Any = cast("dict[str, Any]", rule).get(key) if isinstance(rule, dict) else None
-            if not isinstance(name, str):
-                continue
-            if name in seen:
-                faults.append((("rules", index, key), message.format(name, seen[name] + 1)))
-            seen.setdefault(name, index)
-    audit: Any = document.get("audit")
-    if isinstance(audit, dict) and document.get("mode", "enforce") == "enforce":
-        audit = cast("dict[str, Any]", audit)
-        if audit.get("on_failure") == "degrade":
-            text = "degrade does not go with mode enforce: what is not recorded must not be drawn; use refuse"
-            faults.append((("audit", "on_failure"), text))
-    return faults
-
-
-def _transport_faults(document: Mapping[str, Any]) -> Iterator[tuple[Loc, str]]:
-    """Yields the faults of `defaults.transport`, and of each rule's once the defaults are filled in."""
-    defaults = _mapping(document, "defaults")
-    common = _mapping(defaults, "transport")
-    rules: Any = document.get("rules")
-    own = [
-        (("rules", index, "transport"), _mapping(cast("dict[str, Any]", rule), "transport"))
-        for index, rule in enumerate(cast("list[Any]", rules) if isinstance(rules, list) else [])
-        if isinstance(rule, dict)
-    ]
-    places: list[tuple[Loc, dict[str, Any]]] = [(("defaults", "transport"), common), *own]
-    for place, given in places:
-        if not given:
-            continue
-        chosen = common | given
-        lo, hi = chosen.get("lo", "calibrated"), chosen.get("hi", "calibrated")
-        numbers = [_is_threshold(value) for value in (lo, hi)]
-        if any(numbers) and "calibrated" in (lo, hi):
-            yield place, f"lo is {lo} and hi is {hi}: expected two numbers, or calibrated for both"
-        elif all(numbers) and lo > hi:
-            yield place, f"lo is {lo}, above hi, which is {hi}; expected lo not above hi"
-        score = chosen.get("score")
-        if isinstance(score, str | list | tuple) and "semantic" in score and not defaults.get("sentence_encoder"):
-            yield (
-                place,
-                "the score semantic needs defaults.sentence_encoder: a model folder, or a hub id with its commit",
-            )
-
-
-def _is_threshold(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= 1
-
-
-def _mapping(document: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found: Any = document.get(key)
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    def read_from(self, places: Mapping[Loc, Place], overrides: tuple[str, ...]) -> Self:
+        """Returns this policy, knowing where its values stand and what it overrides."""
+        self._places, self._overrides = places, overrides
+        return self

@@ -127,11 +127,13 @@ def test_digest_of_the_weights_sees_every_part_and_every_bit() -> None:
 
 def test_prompts_cover_every_rule_of_the_shipped_policy() -> None:
     from safegen.policy.catalogue import load_catalogue
+    from safegen.policy.context import utc_now
+    from safegen.policy.hits import lexical_hits
     from safegen.policy.load import load_policy
-    from safegen.policy.resolve import lexical_hits, resolve
+    from safegen.policy.resolve import resolve
 
     policy = load_policy("mini-strict")
-    resolved = resolve(policy, load_catalogue(), available={rule.concept for rule in policy.rules})
+    resolved = resolve(policy, load_catalogue(), available={rule.concept for rule in policy.rules}, now=utc_now())
     targets, *others = PROMPTS.values()
     assert {hit.rule for text in targets for hit in lexical_hits(resolved, text)} == {rule.id for rule in policy.rules}
     assert all(lexical_hits(resolved, text) for text in targets)

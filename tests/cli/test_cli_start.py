@@ -18,7 +18,8 @@ from safegen.policy.schema import Severity
 from safegen.training.config import TrainConfig
 
 COMMANDS = (
-    "demo", "generate", "audit", "audit verify", "train", "convert", "calibrate", "explain", "inspect", "test", "lint",
+    "demo", "generate", "audit", "audit verify", "train", "convert", "calibrate", "explain", "inspect", "init",
+    "validate", "fmt", "diff", "schema", "test", "lint",
 )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from safegen.errors import PolicyNotFoundError, PolicyValidationError
 from safegen.mini.catalogue import OBJECTS, STYLES
 from safegen.policy.catalogue import Catalogue, _shipped_catalogue, load_catalogue
 from safegen.policy.compiled import compile_folder, read_compiled
+from safegen.policy.context import utc_now
+from safegen.policy.hits import lexical_hits
 from safegen.policy.load import load_policy
-from safegen.policy.resolve import ResolvedPolicy, lexical_hits, resolve
+from safegen.policy.resolve import ResolvedPolicy, resolve
 from safegen.resources import shipped
 from safegen.text import normalise, phrase_matches
 
@@ -149,7 +151,7 @@ def catalogue() -> Catalogue:
 
 @pytest.fixture(scope="module")
 def strict(catalogue: Catalogue) -> ResolvedPolicy:
-    return resolve(load_policy("strict"), catalogue, available=())
+    return resolve(load_policy("strict"), catalogue, available=(), now=utc_now())
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,7 @@ def test_an_edited_file_counts_and_not_its_compiled_form(tmp_path: Path, monkeyp
 
 @pytest.fixture(scope="module")
 def kids(catalogue: Catalogue) -> ResolvedPolicy:
-    return resolve(load_policy("kids"), catalogue, available=())
+    return resolve(load_policy("kids"), catalogue, available=(), now=utc_now())
 
 
 def test_counts(catalogue: Catalogue) -> None:

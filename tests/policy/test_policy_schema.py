@@ -62,7 +62,7 @@ def test_policies_are_frozen() -> None:
     [
         ({"audit": {"on_failure": "degrade"}}, "degrade does not go with mode enforce"),
         ({"defaults": {"transport": {"lo": 0.5, "hi": 0.4}}}, "lo is 0.5, above hi, which is 0.4"),
-        ({"rules": document()["rules"] * 2}, "rule id 'a' is taken by rule 1; concept 'nudity' has rule 1 already"),
+        ({"rules": document()["rules"] * 2}, "rule id 'a' is used twice; concept 'nudity' has rule 'a' already"),
     ],
 )
 def test_faults_between_fields(changes: dict[str, Any], message: str) -> None:
