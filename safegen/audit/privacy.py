@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 from safegen.audit.events import ErrorRecord, HitRecord, PromptRecord, Record
 from safegen.audit.keys import ALGORITHM, HmacKey
@@ -57,7 +57,7 @@ class TextKeeper:
     def _redacted(self, text: str) -> str | None:
         assert self._redact is not None
         try:
-            redacted: object = self._redact(text)
+            redacted = cast(object, self._redact(text))
         except Exception as error:
             # Neither its message nor its traceback: both may quote the prompt.
             logger.error("audit: the redactor raised %s; the text of that prompt is dropped", type(error).__name__)

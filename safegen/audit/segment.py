@@ -11,8 +11,8 @@ import hashlib
 import os
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from safegen.audit.chain import GENESIS, MAX_RECORD_BYTES, utc_now
 from safegen.audit.digest import DigestFile
@@ -20,7 +20,8 @@ from safegen.audit.linefile import LineFile, sync_folder, write_error
 from safegen.errors import AuditWriteError
 
 
-class Mark(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Mark:
     """How far a segment goes: its bytes, its records, the hash of the last one."""
 
     size: int
