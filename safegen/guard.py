@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from safegen.audit import AuditLog, AuditOptions, HmacKey, RuntimeVersions, load_key, load_signer
+from safegen.audit.options import default_directory
 from safegen.backend import backend_of
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import TextSeam
@@ -30,15 +30,6 @@ from safegen.record import Recorder
 from safegen.run import Runs
 
 logger = logging.getLogger("safegen")
-
-
-def default_audit_directory() -> Path:
-    """Returns where audits go by default: `SAFEGEN_AUDIT_DIR`, or safegen/audit in the XDG state folder."""
-    given = os.environ.get("SAFEGEN_AUDIT_DIR")
-    if given:
-        return Path(given)
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "safegen" / "audit"
 
 
 def prepare(
@@ -125,7 +116,7 @@ def apply_policy(
         backend.denoiser, backend.sites, [item.membrane for item in gatekeeper.installed], backend.family
     )
     log = AuditLog.open(
-        audit if audit is not None else default_audit_directory(),
+        audit if audit is not None else default_directory(),
         key=audit_key or load_key(),
         text=resolved.audit.text,
         durable=resolved.mode == "enforce",

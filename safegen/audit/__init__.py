@@ -31,8 +31,9 @@ from safegen.audit.fault import Fault
 from safegen.audit.keys import HmacKey, load_key
 from safegen.audit.log import AuditLog
 from safegen.audit.options import AuditOptions
+from safegen.audit.read import read_records
 from safegen.audit.signing import Signer, load_signer
-from safegen.audit.verify import VerifyReport, raise_for_faults, read_records, verify
+from safegen.audit.verify import VerifyReport, raise_for_faults, verify
 
 __all__ = [
     "ActionRecord",

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from safegen.audit.digest import Digest
 from safegen.audit.events import Record
 from safegen.audit.signing import Signer
 from safegen.errors import UsageError
+
+
+def default_directory() -> Path:
+    """Returns where audits go by default: `SAFEGEN_AUDIT_DIR`, or safegen/audit in the XDG state folder."""
+    given = os.environ.get("SAFEGEN_AUDIT_DIR")
+    if given:
+        return Path(given)
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "safegen" / "audit"
+
 
 Anchor = Callable[[Digest], None]
 Redactor = Callable[[str], str]

@@ -1,4 +1,4 @@
-"""Checks a log after the fact, and reads it.
+"""Checks a log after the fact.
 
 What is promised: any byte flipped, any line deleted, duplicated or moved, and any cut inside a segment are found and
 named by `seq`. A signed log also shows a segment that was removed, a segment cut between two lines, and a chain that
@@ -23,14 +23,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safegen.audit.chain import parse_line
 from safegen.audit.check import SegmentCheck
 from safegen.audit.check_digests import DigestsCheck
 from safegen.audit.digest import SUFFIX
-from safegen.audit.events import Record
 from safegen.audit.fault import Fault
-from safegen.audit.files import digest_files, lines_of, segment_files
-from safegen.audit.schema import parse_record
+from safegen.audit.files import digest_files, segment_files
 from safegen.audit.tombstone import Tombstones
 from safegen.errors import AuditChainError
 
@@ -235,29 +232,3 @@ def raise_for_faults(report: VerifyReport) -> None:
     """
     if report.faults:
         raise AuditChainError(str(report), report.faults[0].seq)
-
-
-def read_records(path: str | Path) -> Iterator[Record]:
-    """Yields the records of a segment, or of every segment below a folder (by path), without checking the chain.
-
-    A torn last line is left out; fields that this version does not know are left out of a record.
-
-    Raises:
-        UsageError: Nothing exists at `path`.
-        AuditChainError: A line is not a record, or a file cannot be read.
-    """
-    for file in segment_files(Path(path)):
-        try:
-            for number, line, whole in lines_of(file):
-                if whole:
-                    yield _read_record(file, number, line)
-        except OSError as error:
-            raise AuditChainError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _read_record(file: Path, number: int, line: bytes) -> Record:
-    try:
-        parse_line(line)
-        return parse_record(line)
-    except ValueError as error:
-        raise AuditChainError(f"{file}:{number}: not a record: {error}; run verify on it", number - 1) from error

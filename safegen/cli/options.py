@@ -44,12 +44,32 @@ Base = Annotated[
         help="The model that the file was made for, to find its sites: sd1, sd2, mini, or a pipeline folder.",
     ),
 ]
+Log = Annotated[Path, typer.Argument(metavar="LOG", help="A segment file, or the folder of a log.")]
+OptionalLog = Annotated[
+    Path | None,
+    typer.Argument(metavar="[LOG]", help="A segment file, or the folder of a log.", show_default="the default folder"),
+]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--signing-key", metavar="FILE", help="The private key.", show_default="this machine's"),
+]
+HmacKeyFile = Annotated[
+    Path | None,
+    typer.Option("--hmac-key", metavar="FILE", help="The key of prompt digests.", show_default="this machine's"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and nothing else there.")]
 
 
 def policy_for(policy: str | None, model: str) -> str:
     """Returns the policy to use: the one given, or the shipped one that fits the model."""
     return policy or ("mini-strict" if model == MINI else "strict")
+
+
+def log_or_default(log: Path | None) -> Path:
+    """Returns the log to read: the one given, or the folder that audits go to by default."""
+    from safegen.audit.options import default_directory
+
+    return log or default_directory()
 
 
 def check_folder(path: Path) -> None:
