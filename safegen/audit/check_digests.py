@@ -19,6 +19,7 @@ class DigestsCheck:
         digests: Those that can be trusted so far, in order: whole, signed, and each naming the one before.
         names: The sha256 of each whole line, by which other digests name it.
         count: Whole lines.
+        torn: Whether the last line is torn: its process died while writing it.
     """
 
     def __init__(self, segment: Path, trusted: Collection[str]) -> None:
@@ -28,6 +29,7 @@ class DigestsCheck:
         self.digests: list[Digest] = []
         self.names: set[str] = set()
         self.count = 0
+        self.torn = False
         self._segment = segment.name
         self._trusted = trusted
 
@@ -38,7 +40,8 @@ class DigestsCheck:
         last: str | None = None
         try:
             for number, line, whole in lines_of(self.file):
-                if not whole:  # its process died while writing it: what it would have vouched for is not covered
+                if not whole:  # what it would have vouched for is not covered
+                    self.torn = True
                     break
                 self.count += 1
                 name = line_sha256(line)

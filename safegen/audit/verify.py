@@ -51,7 +51,8 @@ class VerifyReport:
         pruned: Segments that were removed, with a tombstone.
         faults: The first 1000 faults, by file and line.
         fault_count: All faults.
-        recovered_tail: Segments whose last line is torn: their process died while writing it. Not a fault.
+        recovered_tail: Segments, or files of digests, whose last line is torn: their process died while writing it. Not
+            a fault.
         unclosed: Segments without a footer: still being written, or their process died. Not a fault; what is missing
             at their end after the last digest, if anything, cannot be known.
     """
@@ -122,11 +123,11 @@ class _Check:
         self._faults: list[Fault] = []
         self._bad: dict[str, int] = {}  # faults by file
         files = segment_files(path)
-        if not files:
-            self._add(Fault(str(path), None, 0, "expected *.jsonl segments, found none"))
         self._tombstones = Tombstones(path, trusted) if path.is_dir() else None
         for fault in self._tombstones.read() if self._tombstones else ():
             self._add(fault)
+        if not files and not (self._tombstones and self._tombstones.segments):
+            self._add(Fault(str(path), None, 0, "expected *.jsonl segments, found none"))
         self._segments: dict[str, SegmentCheck] = {}
         self._digests: dict[str, DigestsCheck] = {}
         for file in files:
@@ -211,7 +212,7 @@ class _Check:
             pruned=len(self._tombstones.segments) if self._tombstones else 0,
             faults=tuple(self._faults),
             fault_count=sum(self._bad.values()),
-            recovered_tail=tuple(str(check.file) for check in segments if check.torn),
+            recovered_tail=tuple(str(check.file) for check in (*segments, *self._digests.values()) if check.torn),
             unclosed=tuple(str(check.file) for check in segments if check.records and not check.closed),
         )
 

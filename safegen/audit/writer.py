@@ -226,6 +226,8 @@ class Writer:
         self.segment = following
 
     def _finish(self, segment: Segment, following: Segment | None) -> None:
+        if segment.digests is not None and segment.digests.covered < segment.count:
+            self._sign(segment, "heartbeat")  # were it killed before the last digest, only the footer would lack one
         name = following.path.relative_to(self._directory).as_posix() if following else None
         footer = FooterRecord(count=segment.count, head=segment.head, next=name)
         self._append(segment, "segment.close", None, {}, footer=footer)

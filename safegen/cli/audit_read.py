@@ -77,11 +77,8 @@ def show_record(
 
 
 def find(
+    prompt: Annotated[str, typer.Option(help="The prompt to look for; - reads it from standard input.")],
     log: options.OptionalLog = None,
-    prompt: Annotated[
-        str,
-        typer.Option("--prompt", help="The prompt to look for; - reads it from standard input.", show_default=False),
-    ] = ...,  # type: ignore[assignment]
     key: Annotated[
         list[Path] | None,
         typer.Option(
