@@ -28,7 +28,7 @@ OPERATIONS = {
     "gated": "run_guardrail",
     "refused": "run_guardrail",
     "generated": "generate_content",
-    "run.failed": "run",
+    "run.failed": "run_guardrail",
 }
 
 # Attribute of a span: where its value stands in a record.

@@ -10,6 +10,7 @@ from pathlib import Path
 from safegen.audit.chain import SCHEMA_VERSION, utc_now
 from safegen.audit.check import SegmentCheck
 from safegen.audit.check_digests import DigestsCheck
+from safegen.audit.digest import digests_path
 from safegen.audit.files import segment_files
 from safegen.audit.linefile import being_written
 from safegen.audit.signing import Signer
@@ -72,10 +73,18 @@ def prune(root: Path, before: datetime, signer: Signer, *, dry_run: bool = False
         else:
             old.append((file, check))
     if not dry_run:
+        _finish_earlier(root, stones)
         for file, check in old:
             _remove(root, file, check, stones, signer)
     names = tuple(file.relative_to(root).as_posix() for file, _ in old)
     return Pruned(names, sum(check.records for _, check in old), tuple(in_use))
+
+
+def _finish_earlier(root: Path, stones: Tombstones) -> None:
+    """Removes digests that an earlier run left behind when it died."""
+    for name in stones.segments:
+        if not (root / name).exists():
+            digests_path(root / name).unlink(missing_ok=True)
 
 
 def _remove(root: Path, file: Path, check: SegmentCheck, stones: Tombstones, signer: Signer) -> None:
@@ -96,8 +105,8 @@ def _remove(root: Path, file: Path, check: SegmentCheck, stones: Tombstones, sig
         )
         stones.add(stone.signed(signer))
     try:
-        DigestsCheck(file, ()).file.unlink(missing_ok=True)
         file.unlink()
+        digests_path(file).unlink(missing_ok=True)
     except OSError as error:
         raise AuditWriteError(f"{error.filename}: cannot be removed: {error.strerror}; its tombstone stands") from error
     with contextlib.suppress(OSError):  # not empty

@@ -128,15 +128,16 @@ def _ends(file: Path, count: int) -> list[bytes]:
     """Returns the last whole lines of a file."""
     try:
         with file.open("rb") as handle:
-            start, tail = handle.seek(0, 2), b""
-            while start > 0 and tail.count(b"\n") <= count + 1:
-                start = max(0, start - _BLOCK)
+            end, tail = handle.seek(0, 2), b""
+            while end > 0 and tail.count(b"\n") <= count + 1:
+                start = max(0, end - _BLOCK)
                 handle.seek(start)
-                tail = handle.read(_BLOCK if tail else -1) + tail
+                tail = handle.read(end - start) + tail
+                end = start
     except OSError as error:
         raise AuditChainError(f"{file}: cannot be read: {error.strerror}") from error
     lines = tail.split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
-    return (lines if start == 0 else lines[1:])[-count:]
+    return (lines if end == 0 else lines[1:])[-count:]
 
 
 class Follower:

@@ -75,7 +75,10 @@ def _faults(errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns the JSON Schema (draft 2020-12) of one line of a log; fields that it does not name are allowed."""
+    """Returns the JSON Schema (draft 2020-12) of one line of a log; fields that it does not name are allowed.
+
+    It is published as docs/reference/audit.schema.json; `make schema` renews that.
+    """
     schema = _adapter().json_schema()
     kinds = [
         {
@@ -97,9 +100,9 @@ def _adapter() -> TypeAdapter[Record]:
 
 @functools.cache
 def _validator() -> SchemaValidator:
-    from pydantic_core import CoreConfig, SchemaValidator
+    from pydantic_core import SchemaValidator
 
-    return SchemaValidator(_core_schema(Record), CoreConfig(strict=True))
+    return SchemaValidator(_core_schema(Record))
 
 
 def _core_schema(kind: Any) -> CoreSchema:
@@ -113,7 +116,7 @@ def _core_schema(kind: Any) -> CoreSchema:
             float: core_schema.float_schema,
             bool: core_schema.bool_schema,
         }
-        return made[kind]()
+        return made[kind](strict=True)
     parts = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return core_schema.nullable_schema(_core_schema(parts[0]))
