@@ -6,7 +6,7 @@ Nothing here checks the chain; `safegen.audit.verify` does.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ class Line:
     values: dict[str, Any]
 
     @property
-    def moment(self) -> tuple[str, str]:
-        """What orders records of many segments: time stamp, then id (which grows with time too)."""
-        return self.values["ts"], self.values["event_id"]
+    def ts(self) -> str:
+        """Its time stamp; all have the same form, so that their text sorts as the times do."""
+        return self.values["ts"]
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
@@ -96,22 +96,34 @@ def merged(paths: Sequence[Path]) -> Iterator[Line]:
     Raises:
         UsageError, AuditChainError: See `read_records`.
     """
-    waiting: list[tuple[tuple[str, str], int, Iterator[Line], Line]] = []
+    waiting: list[tuple[str, int, Path]] = []
     for number, file in enumerate(dict.fromkeys(file for path in paths for file in segment_files(path))):
         first = next(lines_in(file), None)  # opened again when its turn comes
         if first is not None:
-            waiting.append((first.moment, number, lines_in(file), first))
-    waiting.sort(key=lambda item: item[:2], reverse=True)
-    running: list[tuple[tuple[str, str], int, Iterator[Line], Line]] = []
+            waiting.append((first.ts, number, file))
+    waiting.sort(reverse=True)
+    running: list[tuple[str, int, Line, Iterator[Line]]] = []  # no two have the same number
     while waiting or running:
         while waiting and (not running or waiting[-1][:2] <= running[0][:2]):
-            moment, number, lines, _ = waiting.pop()
-            heapq.heappush(running, (moment, number, lines, next(lines)))
-        moment, number, lines, line = heapq.heappop(running)
+            ts, number, file = waiting.pop()
+            lines = lines_in(file)
+            heapq.heappush(running, (ts, number, next(lines), lines))
+        ts, number, line, lines = heapq.heappop(running)
         yield line
         following = next(lines, None)
         if following is not None:  # a clock that went back must not put a record before its predecessor
-            heapq.heappush(running, (max(moment, following.moment), number, lines, following))
+            heapq.heappush(running, (max(ts, following.ts), number, following, lines))
+
+
+def _in_order(segments: Iterable[Iterable[Line]]) -> list[Line]:
+    """Returns the lines of several segments in the order of time, each segment in its own order."""
+    placed: list[tuple[str, Line]] = []
+    for lines in segments:
+        latest = ""
+        for line in lines:
+            latest = max(latest, line.ts)
+            placed.append((latest, line))
+    return [line for _, line in sorted(placed, key=lambda item: item[0])]
 
 
 def last_lines(path: Path, count: int) -> list[Line]:
@@ -120,8 +132,8 @@ def last_lines(path: Path, count: int) -> list[Line]:
     Raises:
         UsageError, AuditChainError: See `read_records`.
     """
-    found = [_line(file, data, None) for file in segment_files(path) for data in _ends(file, count)]
-    return sorted(found, key=lambda line: line.moment)[-count:]
+    ends = ([_line(file, data, None) for data in _ends(file, count)] for file in segment_files(path))
+    return _in_order(ends)[-count:]
 
 
 def _ends(file: Path, count: int) -> list[bytes]:
@@ -154,16 +166,16 @@ class Follower:
         Raises:
             UsageError, AuditChainError: See `read_records`.
         """
-        lines: list[Line] = []
+        segments: list[list[Line]] = []
         for file in segment_files(self._path):
             start = self._read.get(file, 0)
             with file.open("rb") as handle:
                 handle.seek(start)
                 whole = handle.read().rpartition(b"\n")[0]
             if whole:
-                lines += [_line(file, data, None) for data in whole.split(b"\n")]
+                segments.append([_line(file, data, None) for data in whole.split(b"\n")])
                 self._read[file] = start + len(whole) + 1
-        return sorted(lines, key=lambda line: line.moment)
+        return _in_order(segments)
 
 
 def matching(path: Path, identifier: str) -> Iterator[Line]:

@@ -103,11 +103,11 @@ class Refusing(InMemorySpanExporter):
 
 
 def test_a_log_is_sent_afterwards_as_it_would_have_been(tmp_path: Path) -> None:
-    signed_log(tmp_path, runs=300, max_bytes=1 << 20)
+    signed_log(tmp_path, runs=150, max_bytes=1 << 20)
     exporter = InMemorySpanExporter()
-    assert send(merged([tmp_path]), exporter) == 1200
+    assert send(merged([tmp_path]), exporter) == 600
     found = exporter.get_finished_spans()
-    assert len(found) == 1200
-    assert {span.resource.attributes["service.name"] for span in found} == {"safegen"}
+    assert len(found) == 600
+    assert all(span.resource.attributes["service.name"] == "safegen" for span in found)
     with pytest.raises(AuditError, match="did not take the spans after the first 0"):
         send(merged([tmp_path]), Refusing())

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,7 @@ def test_a_digest_signed_by_another_key_is_found_without_a_key_given(place: Path
     name = names(log, digests=True)[-1]
     lines = log[name].splitlines()
     last = parse_digest(lines[-1])
-    values = {field: getattr(last, field) for field in Digest.__dataclass_fields__}
-    forged = Digest(**values | {"public_key": OTHER.public_key, "signature": ""}).signed(OTHER)
+    forged = replace(last, public_key=OTHER.public_key, signature="").signed(OTHER)
     report = check(place, {**log, name: b"\n".join([*lines[:-1], forged.line, b""])}, public_keys=())
     assert not report.ok
     assert "somebody else did" in str(report)
