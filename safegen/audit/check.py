@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
-from safegen.audit.chain import GENESIS, SCHEMA_VERSION, parse_line, parse_ts, record_hash
+from safegen.audit.chain import GENESIS, SCHEMA_VERSION, line_hash, parse_line, parse_ts
 from safegen.audit.digest import Digest
 from safegen.audit.fault import Fault
 from safegen.audit.files import lines_of
@@ -104,7 +104,7 @@ class SegmentCheck:
         except ValueError as error:
             self._seq, self._prev = expected + 1, None
             return expected, [*problems, f"not a record: {error}"]
-        problems += self._check_chain(data)
+        problems += self._check_chain(line, data)
         if data.get("v") != SCHEMA_VERSION:
             problems.append(f"expected schema version {SCHEMA_VERSION}, found {data.get('v')!r}; update safegen")
             return expected, problems
@@ -114,13 +114,13 @@ class SegmentCheck:
         except ValueError as error:
             return expected, [*problems, f"not of schema safegen.audit/1: {error}"]
 
-    def _check_chain(self, data: dict[str, object]) -> Iterator[str]:
+    def _check_chain(self, line: bytes, data: dict[str, object]) -> Iterator[str]:
         seq, digest = data.get("seq"), data.get("hash")
         if seq != self._seq or isinstance(seq, bool):
             yield f"expected seq {self._seq}, found {seq!r}: records are missing, doubled or out of order"
         if self._prev is not None and data.get("prev") != self._prev:
             yield "prev is not the hash of the record before"
-        if digest != record_hash(data):
+        if not isinstance(digest, str) or digest != line_hash(line, digest):
             yield "hash does not match the record: it was changed"
         self._seq = (seq if isinstance(seq, int) else self._seq) + 1
         self._prev = digest if isinstance(digest, str) else None

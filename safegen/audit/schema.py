@@ -29,6 +29,8 @@ def missing_fields(data: Mapping[str, Any]) -> list[str]:
     missing = [name for name in REQUIRED.get(kind, ()) if data.get(name) is None]
     if kind in ("gated", "generated", "refused"):
         for index, membrane in enumerate(cast(Sequence[Mapping[str, Any]], data.get("membranes") or ())):
+            if membrane.get("permeability") is not None and membrane.get("opened") is not None:
+                continue
             missing += [
                 f"membranes[{index}].{name}" for name in ("permeability", "opened") if membrane.get(name) is None
             ]
@@ -50,6 +52,20 @@ def check_line(line: bytes) -> None:
 
     try:
         _validator().validate_json(line)
+    except ValidationError as error:
+        raise ValueError(_faults(error.errors())) from error
+
+
+def check_values(data: Mapping[str, Any]) -> None:
+    """Checks a record as JSON object, as `check_line` does its line.
+
+    Raises:
+        ValueError: One line of text that names each wrong field.
+    """
+    from pydantic_core import ValidationError
+
+    try:
+        _validator().validate_python(data)
     except ValidationError as error:
         raise ValueError(_faults(error.errors())) from error
 

@@ -26,7 +26,7 @@ from safegen.audit.events import (
 )
 from safegen.audit.options import AuditOptions
 from safegen.audit.plain import as_dict
-from safegen.audit.schema import check_line, missing_fields
+from safegen.audit.schema import check_values, missing_fields
 from safegen.audit.segment import Segment
 from safegen.errors import AuditWriteError
 
@@ -107,9 +107,9 @@ class Writer:
             **fields,
         )
         data = as_dict(record)
-        digest, line = sealed(data)
         try:
-            check_line(line)
+            digest, line = sealed(data)
+            check_values({**data, "hash": digest})
         except ValueError as error:
             raise AuditWriteError(f"audit record {kind!r}: a value of the wrong type: {error}") from error
         if missing := missing_fields(data):

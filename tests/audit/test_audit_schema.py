@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safegen.audit import AuditLog
-from safegen.audit.chain import canonical, record_hash, sealed
+from safegen.audit.chain import canonical, line_hash, record_hash, sealed
 from safegen.audit.schema import check_line, json_schema, parse_record
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +43,8 @@ def test_golden_and_new_records_are_of_the_published_schema(tmp_path: Path) -> N
     assert not validator.is_valid({**objects[0], "seq": "0"})
 
 
-def test_both_readers_of_lines_agree(tmp_path: Path) -> None:
-    """The one that builds records, and the quick one that only checks."""
+def test_all_readers_of_records_agree(tmp_path: Path) -> None:
+    """The one that builds records, and the quick ones that only check."""
     lines = [line for file in GOLDEN for line in file.read_bytes().splitlines()]
     for line in lines:
         check_line(line)
@@ -60,6 +60,7 @@ def test_both_readers_of_lines_agree(tmp_path: Path) -> None:
             place[path[-1]] = wrong
             line = rfc8785.dumps(changed)
             assert _faults(check_line, line) == _faults(parse_record, line), (path, wrong)
+            assert _faults(check_values, changed) == _faults(parse_record, line), (path, wrong)
 
 
 def _faults(read: Any, line: bytes) -> bool:
@@ -92,7 +93,7 @@ def test_the_quick_encoder_writes_what_rfc_8785_demands(value: dict[str, Any]) -
     assert canonical(value) == rfc8785.dumps(value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, "\ud800", b"bytes", object()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", b"bytes", object()])
 def test_what_rfc_8785_refuses_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"."):
         canonical({"value": value})
@@ -104,4 +105,4 @@ def test_sealing_in_two_halves_is_sealing_the_whole() -> None:
             record = json.loads(line)
             digest = record.pop("hash")
             assert sealed(record) == (digest, line)
-            assert record_hash(record) == digest
+            assert record_hash(record) == line_hash(line, digest) == digest

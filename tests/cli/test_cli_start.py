@@ -17,7 +17,18 @@ from safegen.cli.audit import FailOn
 from safegen.policy.schema import Severity
 from safegen.training.config import TrainConfig
 
-COMMANDS = ("demo", "generate", "audit", "audit verify", "train", "convert", "calibrate", "explain", "inspect")
+AUDIT = ("verify", "key", "tail", "show", "find", "export", "merge", "prune")
+COMMANDS = (
+    "demo",
+    "generate",
+    "audit",
+    *(f"audit {name}" for name in AUDIT),
+    "train",
+    "convert",
+    "calibrate",
+    "explain",
+    "inspect",
+)
 
 
 def process(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +113,7 @@ def test_prompts_do_not_go_with_verify(run: Run, world: World) -> None:
     assert "does not go with" in complaint(result)
 
 
-def fall_over(*_: object) -> None:
+def fall_over(*_: object, **__: object) -> None:
     raise ZeroDivisionError("a fault of ours\nwith a second line")
 
 
