@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from safegen.audit import AuditLog
 from safegen.audit.chain import canonical, line_hash, record_hash, sealed
-from safegen.audit.schema import check_line, json_schema, parse_record
+from safegen.audit.schema import check_line, check_values, json_schema, parse_record
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "docs" / "reference" / "audit.schema.json"
