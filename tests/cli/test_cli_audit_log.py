@@ -51,7 +51,7 @@ def test_tail_shows_the_last_records_of_all_processes(run: Run, log: Path) -> No
     assert len(records) == len(list(read_records(log))) == 12
     assert [record["ts"] for record in records] == sorted(record["ts"] for record in records)
     shown = run("audit", "tail", log, "-n", "100").stdout
-    assert "ghost match  erase  ghost 1.00" in shown
+    assert "no-ghosts match  erase  ghost 1.00" in shown
     assert "effect" in shown
 
 
