@@ -32,7 +32,6 @@ from safegen.audit import AuditLog, AuditOptions, read_records, verify
 from safegen.audit.files import segment_files
 
 PROCESSES = 4
-REPEATS = 3
 CANARY = "canary-5e1f of the benchmark"
 KEYS = [SIGNER.public_key]
 console = Console(stderr=True)
@@ -81,7 +80,7 @@ def _going(writers: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
     return writers
 
 
-def rates(folder: Path, seconds: float) -> dict[str, float]:
+def rates(folder: Path, seconds: float, repeats: int) -> dict[str, float]:
     """Returns the median rates of log and peer, measured in turn."""
     cases = {
         "durable, 1 thread each": ("durable", 250, 1),
@@ -92,7 +91,7 @@ def rates(folder: Path, seconds: float) -> dict[str, float]:
     for name, (sync, expected, threads) in cases.items():
         records = max(8, round(expected * seconds))
         measured: dict[str, list[Rate]] = {"log": [], "peer": []}
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for kind, values in measured.items():
                 values.append(rate(folder, kind, sync, records, threads))
         for kind, values in measured.items():
@@ -195,12 +194,13 @@ def main(
     records: Annotated[int, typer.Option(min=100, help="Records of the log that is damaged.")] = 10_000,
     damage_count: Annotated[int, typer.Option("--damages", min=6, help="Damages to find.")] = 42,
     seconds: Annotated[float, typer.Option(help="About how long one measurement of a rate takes.")] = 2.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each rate; the median counts.")] = 3,
     seed: int = 0,
 ) -> None:
     """Measures, and exits with 1 if a floor is missed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = rates(folder, seconds)
+        found = rates(folder, seconds, repeats)
         killed = kills(folder, kill_count, seed)
         refused = disks(folder)
         place = long_log(folder, records)

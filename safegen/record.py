@@ -73,22 +73,25 @@ class Recorder:
         if self._policy.mode != "observe" or self._policy.audit.on_failure != "degrade":
             self._log.write(kind, model=self._model, **fields)
             return
-        with self._lock:
-            try:
-                self._report_gap()
-                self._log.write(kind, model=self._model, **fields)
-            except AuditWriteError as error:
+        try:
+            self._report_gap()
+            self._log.write(kind, model=self._model, **fields)
+        except AuditWriteError as error:
+            with self._lock:
                 self._lost, self._since = self._lost + 1, self._since or utc_now()
-                self.degraded = True
-                logger.error("audit degraded, a record was lost: %s", error)
+            self.degraded = True
+            logger.error("audit degraded, a record was lost: %s", error)
 
     def _report_gap(self) -> None:
         """Records, as soon as writing works again, how many records are missing."""
-        if self._lost:
-            self._log.resume()
-            gap = GapRecord(self._lost, self._since)
-            self._log.write("audit.gap", model=self._model, policy=self._policy_record, gap=gap)
-            self._lost, self._since = 0, ""
+        if not self._lost:
+            return
+        with self._lock:
+            if self._lost:  # no other thread has reported it meanwhile
+                self._log.resume()
+                gap = GapRecord(self._lost, self._since)
+                self._log.write("audit.gap", model=self._model, policy=self._policy_record, gap=gap)
+                self._lost, self._since = 0, ""
 
     def applied(self) -> None:
         """Records that the policy is in force, after everything was attached; in mode `disabled` nothing is."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Generator
 from pathlib import Path
 
-from safegen.errors import AuditWriteError
+from safegen.errors import AuditWriteError, UsageError
 
 _ADVICE = {
     errno.ENOSPC: "free space on that disk",
@@ -89,6 +90,28 @@ def being_written(path: Path) -> bool:
     except (ImportError, OSError):
         return False
     return False
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Generator[None]:
+    """Keeps other processes that ask for the same out of a folder.
+
+    Raises:
+        UsageError: One is in it already.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: another process prunes this log already; wait for it") from error
+        except (ImportError, OSError):  # no such locks here
+            pass
+        yield
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

@@ -91,10 +91,13 @@ class AuditLog:
 
         Raises:
             AuditWriteError: The directory or the segment cannot be created or written; nothing is left open.
-            UsageError: A key file lies inside `directory`, `text` is none of the three, or `redacted` lacks a redactor.
+            UsageError: A key file lies inside `directory`, `text` is none of the three, `redacted` lacks a redactor,
+                or an anchor a signer.
         """
         directory = Path(directory).expanduser().absolute()
         options = options or AuditOptions()
+        if options.anchor is not None and options.signer is None:
+            raise UsageError("audit log: an anchor gets signed digests, so it needs a signer; give load_signer()")
         keeper = TextKeeper(key, text, options.redact)
         for secret in (key, options.signer):
             if secret is not None and secret.path is not None:

@@ -58,9 +58,7 @@ class AuditOptions:
     heartbeat_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuses sizes that cannot be meant, and an anchor that would never get anything."""
+        """Refuses sizes that cannot be meant."""
         for name in ("max_bytes", "max_age", "heartbeat_records", "heartbeat_seconds"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"audit options: expected {name} above 0, found {getattr(self, name)}")
-        if self.anchor is not None and self.signer is None:
-            raise UsageError("audit options: an anchor gets signed digests, so it needs a signer; give load_signer()")

@@ -12,7 +12,7 @@ from safegen.audit.check import SegmentCheck
 from safegen.audit.check_digests import DigestsCheck
 from safegen.audit.digest import digests_path
 from safegen.audit.files import segment_files
-from safegen.audit.linefile import being_written
+from safegen.audit.linefile import alone_in, being_written
 from safegen.audit.signing import Signer
 from safegen.audit.tombstone import Tombstone, Tombstones
 from safegen.errors import AuditChainError, AuditWriteError, UsageError
@@ -48,12 +48,17 @@ def prune(root: Path, before: datetime, signer: Signer, *, dry_run: bool = False
         dry_run: Only say what would be removed.
 
     Raises:
-        UsageError: `root` is no folder.
+        UsageError: `root` is no folder, or another process prunes it.
         AuditChainError: An old segment, or a tombstone, is not as it was written; nothing was removed.
         AuditWriteError: A tombstone could not be written, or a file not removed.
     """
     if not root.is_dir():
         raise UsageError(f"{root}: expected the folder of a log")
+    with alone_in(root):
+        return _prune(root, before, signer, dry_run=dry_run)
+
+
+def _prune(root: Path, before: datetime, signer: Signer, *, dry_run: bool) -> Pruned:
     stones = Tombstones(root)
     for fault in stones.read():
         raise AuditChainError(f"{fault}; nothing was removed", fault.seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Collection, Iterator
@@ -131,7 +132,7 @@ class Tombstones:
                 size = os.lseek(fd, 0, os.SEEK_END)
                 if os.write(fd, line + b"\n") != len(line) + 1:
                     os.ftruncate(fd, size)
-                    raise OSError(28, os.strerror(28))
+                    raise OSError(errno.ENOSPC, "only a part of the line was written")
                 os.fsync(fd)
             finally:
                 os.close(fd)

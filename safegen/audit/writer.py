@@ -199,14 +199,22 @@ class Writer:
         if segment.size < options.max_bytes and time.monotonic() - segment.started < options.max_age:
             return
         following = self._start(segment.number + 1, segment.head)  # first, so that the footer names what exists
+        before = segment.count
         try:
             self._finish(segment, following)
             self._vouch(following, segment)
         except BaseException:
-            segment.failed = True
-            following.discard()
+            if segment.count == before:  # no footer names it
+                segment.failed = True
+                following.discard()
+                raise
+            following.failed = True
+            self._go_on_with(following)
             raise
-        segment.release()
+        self._go_on_with(following)
+
+    def _go_on_with(self, following: Segment) -> None:
+        self.segment.release()
         self.segment = following
 
     def resume(self) -> None:
@@ -222,8 +230,7 @@ class Writer:
         except BaseException:
             following.discard()
             raise
-        failed.release()
-        self.segment = following
+        self._go_on_with(following)
 
     def _finish(self, segment: Segment, following: Segment | None) -> None:
         if segment.digests is not None and segment.digests.covered < segment.count:

@@ -184,3 +184,36 @@ def test_a_disk_that_is_full_while_rotating_refuses(tmp_path: Path, monkeypatch:
     report = verify(tmp_path, public_keys=[SIGNER.public_key])
     assert report.ok, str(report)
     assert sum(record.kind == "gated" for record in read_records(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("failing", range(1, 8))
+def test_a_rotation_that_fails_at_any_sync_leaves_a_log_that_verifies_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    import safegen.audit.linefile as module
+
+    log = AuditLog.open(tmp_path, key=KEY, options=AuditOptions(signer=SIGNER, max_bytes=1000))
+    kept = [write_gated(log)]
+    done = 0
+
+    def fail_once(fd: int) -> None:
+        nonlocal done
+        done += 1
+        if done == failing:
+            raise OSError(28, "No space left on device")
+        os.fsync(fd)
+
+    monkeypatch.setattr(module, "_sync", fail_once)
+    try:
+        kept.append(write_gated(log))
+        assert done < failing
+        monkeypatch.undo()
+    except AuditWriteError:
+        monkeypatch.undo()
+        assert verify(tmp_path, public_keys=[SIGNER.public_key]).ok
+        log.resume()
+        kept.append(write_gated(log))
+    log.close()
+    report = verify(tmp_path, public_keys=[SIGNER.public_key])
+    assert report.ok, str(report)
+    assert [record for record in read_records(tmp_path) if record.kind == "gated"] == kept

@@ -10,6 +10,7 @@ from audit_samples import KEY, SIGNER, signed_log, write_gated
 
 from safegen.audit import AuditLog, AuditOptions, Signer, verify
 from safegen.audit.files import TOMBSTONES, segment_files
+from safegen.audit.linefile import alone_in
 from safegen.audit.prune import prune
 from safegen.errors import AuditChainError, AuditWriteError, UsageError
 
@@ -123,3 +124,9 @@ def test_a_run_that_stopped_halfway_is_finished(log: Path, monkeypatch: pytest.M
 def test_only_a_folder_can_be_pruned(log: Path) -> None:
     with pytest.raises(UsageError, match="folder of a log"):
         prune(segment_files(log)[0], moment_after_all(), SIGNER)
+
+
+def test_two_processes_do_not_prune_one_log_together(log: Path) -> None:
+    with alone_in(log), pytest.raises(UsageError, match="another process prunes this log"):
+        prune(log, moment_after_all(), SIGNER)
+    assert len(segment_files(log)) == 4

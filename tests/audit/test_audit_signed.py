@@ -324,7 +324,7 @@ def test_options_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="max_bytes above 0, found 0"):
         AuditOptions(max_bytes=0)
     with pytest.raises(UsageError, match="needs a signer"):
-        AuditOptions(anchor=lambda digest: None)
+        AuditLog.open(tmp_path / "log", key=KEY, options=AuditOptions(anchor=lambda digest: None))
     with pytest.raises(UsageError, match="expected 32 bytes"):
         Signer(b"short")
     inside = AuditOptions(signer=Signer(b"k" * 32, tmp_path / "log" / "audit-signing.key"))
