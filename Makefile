@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint check format bench results clean
+.PHONY: demo test test-all lint check format bench results schema clean
 
 demo: $(VENV)/installed
 	$(BIN)/safegen demo --out safegen-demo
@@ -30,6 +30,10 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/transport.py
+
+schema: $(VENV)/installed-dev
+	$(BIN)/python -c 'import json; from safegen.audit.schema import json_schema as schema; \
+	print(json.dumps(schema(), indent=1, ensure_ascii=False))' > docs/reference/audit.schema.json
 
 # Measures anew what docs/results.md states, and writes it whether or not a floor is missed; forty minutes.
 results: $(VENV)/installed-dev

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from safegen.audit import AuditLog, HmacKey, RuntimeVersions, load_key
+from safegen.audit import AuditLog, AuditOptions, HmacKey, RuntimeVersions, load_key, load_signer
+from safegen.audit.options import default_directory
 from safegen.backend import backend_of
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import TextSeam
 from safegen.backend.injection import Injection
 from safegen.backend.sites import plan
-from safegen.backend.watch import EncodePromptWatch, ImageWatch
+from safegen.backend.watch import EncodePromptWatch, ImageWatch, LatentsWatch
 from safegen.bundle.store import MembraneStore
 from safegen.errors import MembraneError, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper, Installed
@@ -31,15 +32,6 @@ from safegen.record import Recorder
 from safegen.run import Runs
 
 logger = logging.getLogger("safegen")
-
-
-def default_audit_directory() -> Path:
-    """Returns where audits go by default: `SAFEGEN_AUDIT_DIR`, or safegen/audit in the XDG state folder."""
-    given = os.environ.get("SAFEGEN_AUDIT_DIR")
-    if given:
-        return Path(given)
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "safegen" / "audit"
 
 
 def prepare(
@@ -100,6 +92,7 @@ def apply_policy(
     *,
     audit: str | Path | None = None,
     audit_key: HmacKey | None = None,
+    audit_options: AuditOptions | None = None,
     membranes: Sequence[str | Path] = (),
     context: Mapping[str, str] | None = None,
     clock: Callable[[], datetime] = utc_now,
@@ -116,6 +109,8 @@ def apply_policy(
         policy: Path of a policy file, or the name of a shipped policy ("strict", "mini-strict").
         audit: Folder of the audit log; by default `SAFEGEN_AUDIT_DIR` or the XDG state folder.
         audit_key: Key of the prompt digests; by default this machine's (`safegen.audit.load_key`).
+        audit_options: Signing, anchor, redactor, sinks and rotation of the log; where it names no signer, the log is
+            signed with this machine's key (`safegen.audit.load_signer`).
         membranes: Further folders with membranes (`<root>/<family>/<concept>/membrane.safetensors`).
         context: What is known of every caller, such as a tenant: what the policy's exceptions are matched on.
             `safegen.request_context` adds to it per request; `task` says what kind of generation is run.
@@ -137,11 +132,12 @@ def apply_policy(
         backend.denoiser, backend.sites, [item.membrane for item in gatekeeper.installed], backend.family
     )
     log = AuditLog.open(
-        audit if audit is not None else default_audit_directory(),
+        audit if audit is not None else default_directory(),
         key=audit_key or load_key(),
         text=resolved.audit.text,
         durable=resolved.mode == "enforce",
         runtime=_versions(),
+        options=_signed(audit_options or AuditOptions()),
     )
     try:
         guard = Guard(pipe, backend, resolved, gatekeeper, injection, log)
@@ -151,6 +147,10 @@ def apply_policy(
     for notice in guard.notices:
         logger.warning(notice)
     return guard
+
+
+def _signed(options: AuditOptions) -> AuditOptions:
+    return options if options.signer is not None else replace(options, signer=load_signer())
 
 
 def _versions() -> RuntimeVersions:
@@ -183,6 +183,7 @@ class Guard:
         self._watches = (
             EncodePromptWatch(pipe, backend.parts, self._text, self._runs.prove),
             ImageWatch(pipe, self._runs.drawn),
+            *([LatentsWatch(pipe, self._text)] if hasattr(pipe, "prepare_latents") else []),
         )
         self._state: Literal["applied", "removed"] = "applied"
         try:
@@ -216,6 +217,11 @@ class Guard:
     def audit_path(self) -> Path:
         """The segment file of the audit log that this process writes."""
         return self._log.path
+
+    @property
+    def degraded(self) -> bool:
+        """Whether records were lost: only in mode `observe` with `on_failure: degrade`, elsewhere runs are refused."""
+        return self._recorder.degraded
 
     @property
     def removed(self) -> bool:

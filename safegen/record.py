@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +15,7 @@ from safegen.audit import (
     AttestRecord,
     AuditLog,
     ExceptionRecord,
+    GapRecord,
     MembraneRecord,
     ModelRecord,
     OutputRecord,
@@ -23,7 +26,9 @@ from safegen.audit import (
     TriggerRecord,
     VerdictRecord,
 )
-from safegen.audit.events import EventFields, EventKind
+from safegen.audit.chain import utc_now
+from safegen.audit.events import EventFields, EventKind, InputKind
+from safegen.backend.base import Input
 from safegen.backend.conditioning import Origin
 from safegen.backend.injection import Injection
 from safegen.decision import Activation, Decision, Installed
@@ -56,6 +61,8 @@ class Recorder:
         source: str,
     ) -> None:
         self.degraded = False
+        self._lost, self._since = 0, ""
+        self._lock = threading.Lock()
         self._log = log
         self._policy = policy
         self._gatekeeper = gatekeeper
@@ -64,14 +71,28 @@ class Recorder:
         self._policy_record = PolicyRecord(policy.id, policy.version, f"sha256:{policy.digest}", policy.mode)
 
     def _keep(self, kind: EventKind, fields: EventFields) -> None:
+        if self._policy.mode != "observe" or self._policy.audit.on_failure != "degrade":
+            self._log.write(kind, model=self._model, **fields)
+            return
         try:
+            self._report_gap()
             self._log.write(kind, model=self._model, **fields)
         except AuditWriteError as error:
-            if self._policy.mode == "observe" and self._policy.audit.on_failure == "degrade":
-                self.degraded = True
-                logger.error("audit degraded, a record was lost: %s", error)
-                return
-            raise
+            with self._lock:
+                self._lost, self._since = self._lost + 1, self._since or utc_now()
+            self.degraded = True
+            logger.error("audit degraded, a record was lost: %s", error)
+
+    def _report_gap(self) -> None:
+        """Records, as soon as writing works again, how many records are missing."""
+        if not self._lost:
+            return
+        with self._lock:
+            if self._lost:  # no other thread has reported it meanwhile
+                self._log.resume()
+                gap = GapRecord(self._lost, self._since)
+                self._log.write("audit.gap", model=self._model, policy=self._policy_record, gap=gap)
+                self._lost, self._since = 0, ""
 
     def applied(self) -> None:
         """Records that the policy is in force, after everything was attached; in mode `disabled` nothing is."""
@@ -84,55 +105,61 @@ class Recorder:
         """Records that the policy was taken off."""
         self._keep("policy.removed", EventFields(policy=self._policy_record))
 
-    def gated(self, request: str, decisions: Sequence[Decision], origins: Sequence[Origin | None]) -> None:
+    def gated(
+        self, request: str, decisions: Sequence[Decision], origins: Sequence[Origin | None], inputs: Sequence[Input]
+    ) -> None:
         """Records the decision on every distinct prompt, before anything is drawn."""
         enforced = self._policy.mode == "enforce"
         for decision in _distinct(decisions, origins):
-            fields = self._decided(request, decision, origins)
+            fields = self._decided(request, decision, origins, inputs)
             fields["action"] = _action(decision, enforced=enforced)
             fields["attest"] = self._attest()
             self._keep("gated", fields)
 
-    def refused(self, request: str, decisions: Sequence[Decision], origins: Sequence[Origin | None]) -> None:
+    def refused(
+        self, request: str, decisions: Sequence[Decision], origins: Sequence[Origin | None], inputs: Sequence[Input]
+    ) -> None:
         """Records every prompt of a call that was refused; nothing is drawn for any of them."""
         for decision in _distinct(decisions, origins):
-            fields = self._decided(request, decision, origins)
+            fields = self._decided(request, decision, origins, inputs)
             fields["action"] = ActionRecord(type="refuse", enforced=True)
             self._keep("refused", fields)
 
     def failed(self, request: str, error: SafegenError) -> None:
         """Records a run that safegen stopped."""
         failure = self._log.failure(type(error).__name__, error)
-        fields = EventFields(request=RequestRecord(request), policy=self._policy_record, error=failure)
+        fields = EventFields(request=_request(request), policy=self._policy_record, error=failure)
         self._keep("run.failed", fields)
 
     def generated(self, run: Run, digests: Sequence[str], rows: Sequence[int]) -> None:
         """Records the images of a run, one record per distinct prompt."""
-        images: dict[int, list[str]] = {}
+        images: dict[int, list[int]] = {}
         first: dict[object, int] = {}
-        for row, digest in zip(rows, digests, strict=True):
-            images.setdefault(first.setdefault(_prompt_key(row, run.decisions[row]), row), []).append(digest)
+        for index, row in enumerate(rows):
+            images.setdefault(first.setdefault(_prompt_key(row, run.decisions[row]), row), []).append(index)
         elapsed = 1000 * (time.perf_counter() - run.started)
         for row, found in images.items():
             decision = run.decisions[row]
             fields = EventFields(
-                request=RequestRecord(run.request),
+                request=_request(run.request),
                 policy=self._policy_record,
                 membranes=self._membranes(decision, run.effect(row)),
                 attest=self._attest(calls=run.calls),
-                output=OutputRecord(n=len(found), sha256=tuple(found)),
+                output=_output([digests[k] for k in found], found, run.start.seeds),
                 timing_ms=elapsed,
             )
             if decision.text is not None:
                 fields["prompt"] = self._log.prompt(decision.text, decoded=decision.decoded)
             self._keep("generated", fields)
 
-    def _decided(self, request: str, decision: Decision, origins: Sequence[Origin | None]) -> EventFields:
+    def _decided(
+        self, request: str, decision: Decision, origins: Sequence[Origin | None], inputs: Sequence[Input]
+    ) -> EventFields:
         """Returns what `gated` and `refused` have in common."""
         fields = EventFields(
-            request=RequestRecord(request),
+            request=_request(request),
             policy=self._policy_record,
-            inputs=() if decision.text is not None else ("embeds_only",),
+            inputs=(*inputs, *(() if decision.text is not None else _NO_TEXT)),
             membranes=self._membranes(decision),
             hits=tuple(self._log.hit(hit.rule, hit.concept, hit.phrase) for hit in decision.hits),
             exceptions=tuple(ExceptionRecord(one.exception, one.rule, one.action) for one in decision.exceptions),
@@ -164,6 +191,31 @@ class Recorder:
             )
             for k, activation in enumerate(decision.activations)
         )
+
+
+_NO_TEXT: tuple[InputKind, ...] = ("embeds_only",)
+
+
+def _request(request: str) -> RequestRecord:
+    """Returns the call's id, with the trace that the host runs it in, if it traces at all."""
+    api = sys.modules.get("opentelemetry.trace")  # the library is not ours to load
+    context = api.get_current_span().get_span_context() if api is not None else None
+    if context is None or not context.is_valid:
+        return RequestRecord(request)
+    return RequestRecord(request, f"{context.trace_id:032x}", f"{context.span_id:016x}")
+
+
+def _output(digests: Sequence[str], images: Sequence[int], seeds: Sequence[int]) -> OutputRecord:
+    """Returns the images of one prompt.
+
+    Args:
+        digests: Of these images.
+        images: Their places among all images of the run.
+        seeds: Of the run: one for all images, one per image, or none.
+    """
+    single = str(seeds[0]) if len(seeds) == 1 else None
+    each = tuple(str(seeds[k]) for k in images) if len(seeds) > 1 and len(seeds) > max(images) else None
+    return OutputRecord(n=len(digests), sha256=tuple(digests), seed=single, seeds=each)
 
 
 def _score(activation: Activation) -> ScoreRecord:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safegen.backend.base import Backend, Call
+from safegen.backend.base import Backend, Call, Input
 from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam
 from safegen.backend.injection import Injection, Opening
+from safegen.backend.watch import Start, take_start
 from safegen.errors import AttestationError, PromptRefused, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper
 from safegen.record import Recorder
@@ -39,6 +40,8 @@ class Run:
         origins: Where each row came from.
         decisions: One per row.
         opening: What the membranes do to its rows; nothing where the policy only observes.
+        start: Seeds and images that it began from.
+        inputs: What else than words it draws from.
         started: `time.perf_counter` at the first call.
         calls: Denoiser calls so far.
         effects: Sum of measured effects, [rows, membranes].
@@ -58,6 +61,8 @@ class Run:
     origins: list[Origin | None]
     decisions: list[Decision]
     opening: Opening
+    start: Start
+    inputs: tuple[Input, ...]
     started: float
     calls: int = 0
     effects: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -151,11 +156,11 @@ class Runs:
         if run is None or run.owner is not self or run.closed or _starts_again(call, run):
             stale = run is not None and seen is run.seen  # encoded for an earlier run
             _current.set(None)
-            return self._gate(call, f"req-{uuid.uuid4().hex}", seen, NOTHING if stale else seen)
+            return self._gate(call, f"req-{uuid.uuid4().hex}", seen, NOTHING if stale else seen, take_start(seen))
         if seen is run.seen and run.reads(call):
             return run
         encoding = run.encoding if seen is run.seen else seen.following(run.encoding)
-        again = self._gate(call, run.request, seen, encoding)
+        again = self._gate(call, run.request, seen, encoding, run.start)
         again.started, again.calls = run.started, run.calls
         return again
 
@@ -167,15 +172,16 @@ class Runs:
             return [replace(origin, negative=False) for origin in origins if origin is not None]
         return origins
 
-    def _gate(self, call: Call, request: str, seen: Encoding, encoding: Encoding) -> Run:
+    def _gate(self, call: Call, request: str, seen: Encoding, encoding: Encoding, start: Start) -> Run:
         self._prove_attachment()
         origins = self._origins(call, encoding)
         with self._seam.unseen():
             decisions = self._gatekeeper.decide(call.states, origins)
         enforce = self._gatekeeper.policy.mode == "enforce"
+        inputs = tuple(dict.fromkeys((*start.inputs, *call.inputs)))
         refused = [d for d in decisions if d.outcome == "refuse"]
         if refused and enforce:
-            self._recorder.refused(request, decisions, origins)
+            self._recorder.refused(request, decisions, origins, inputs)
             raise PromptRefused(_message(refused), _as_values(refused[0]))
         permeability = self._gatekeeper.permeability(decisions)
         if not enforce:
@@ -193,9 +199,11 @@ class Runs:
             origins=origins,
             decisions=decisions,
             opening=Opening.of(permeability, self._gatekeeper.strengths),
+            start=start,
+            inputs=inputs,
             started=time.perf_counter(),
         )
-        self._recorder.gated(run.request, decisions, origins)
+        self._recorder.gated(run.request, decisions, origins, inputs)
         return run
 
     def after(self, opening: Opening) -> None:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from safegen.audit import HmacKey, Record, read_records
+from safegen.audit import AuditOptions, HmacKey, Record, read_records
 from safegen.backend.base import Backend
 from safegen.backend.sites import file_key
 from safegen.guard import Guard, apply_policy
@@ -216,13 +216,19 @@ def applied(
     rules: Mapping[str, str] | None = None,
     *,
     membranes: Sequence[Membrane] | None = None,
+    options: AuditOptions | None = None,
     **policy: Any,
 ) -> Guard:
     """Puts a policy in force: by default one that erases "ghost" with a random membrane that only words can open."""
     chosen = [random_membrane(pipe, floor=1.0)] if membranes is None else membranes
     root = install(folder, *chosen)
     return apply_policy(
-        pipe, policy_file(folder, rules, **policy), audit=folder / "audit", audit_key=key, membranes=[root]
+        pipe,
+        policy_file(folder, rules, **policy),
+        audit=folder / "audit",
+        audit_key=key,
+        audit_options=options,
+        membranes=[root],
     )
 
 

@@ -4,12 +4,14 @@ It observes and cannot steer: it receives finished values (floats, strings, dige
 torch nor anything of safegen but its errors and its version.
 """
 
+from safegen.audit.digest import Digest
 from safegen.audit.events import (
     ActionRecord,
     AttestRecord,
     ErrorRecord,
     ExceptionRecord,
     FooterRecord,
+    GapRecord,
     HitRecord,
     MembraneRecord,
     ModelRecord,
@@ -26,18 +28,25 @@ from safegen.audit.events import (
     TriggerRecord,
     VerdictRecord,
 )
+from safegen.audit.fault import Fault
 from safegen.audit.keys import HmacKey, load_key
 from safegen.audit.log import AuditLog
-from safegen.audit.verify import Fault, VerifyReport, raise_for_faults, read_records, verify
+from safegen.audit.options import AuditOptions
+from safegen.audit.read import read_records
+from safegen.audit.signing import Signer, load_signer
+from safegen.audit.verify import VerifyReport, raise_for_faults, verify
 
 __all__ = [
     "ActionRecord",
     "AttestRecord",
     "AuditLog",
+    "AuditOptions",
+    "Digest",
     "ErrorRecord",
     "ExceptionRecord",
     "Fault",
     "FooterRecord",
+    "GapRecord",
     "HitRecord",
     "HmacKey",
     "MembraneRecord",
@@ -51,11 +60,13 @@ __all__ = [
     "RuntimeVersions",
     "ScoreRecord",
     "SegmentRecord",
+    "Signer",
     "ThresholdRecord",
     "TriggerRecord",
     "VerdictRecord",
     "VerifyReport",
     "load_key",
+    "load_signer",
     "raise_for_faults",
     "read_records",
     "verify",

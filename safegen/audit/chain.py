@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -23,18 +24,51 @@ MAX_RECORD_BYTES = 1 << 20  # one line with its newline: what bounds the memory 
 MAX_INT = 2**53 - 1  # beyond it JSON numbers are not exact, and RFC 8785 refuses integers
 
 
+# What Python's encoder writes otherwise than RFC 8785: `1.0` for `1`, `1e-05` for `0.00001`.
+_WHOLE = (".0,", ".0}", ".0]")
+_EXPONENT = re.compile(r"e[-+][0-9]+[,\]}]")
+_FIRST_SORTED_APART = "\ue000"  # below it, code points and the UTF-16 units that RFC 8785 sorts keys by agree
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode
+
+
 def canonical(value: Mapping[str, object]) -> bytes:
     """Returns the RFC 8785 bytes of a JSON object.
 
+    Most records come out of the encoder of the standard library in that form, thirty times faster than out of rfc8785;
+    whatever might not (text that looks alike included) goes to rfc8785.
+
+    Args:
+        value: Its integers lie within ±(2**53 - 1): `Plain` and `parse_line` see to that.
+
     Raises:
-        ValueError: Where it holds NaN, Inf, an integer beyond ±(2**53 - 1), a lone surrogate or a non-JSON value.
+        ValueError: Where it holds NaN, Inf, a lone surrogate or a non-JSON value.
     """
-    return rfc8785.dumps(cast(Any, value))
+    try:
+        text = _encode(value)
+    except TypeError:  # not JSON: rfc8785 says so
+        return rfc8785.dumps(cast(Any, value))
+    unlike = _EXPONENT.search(text) or any(piece in text for piece in _WHOLE)
+    if unlike or not (text.isascii() or max(text) < _FIRST_SORTED_APART):
+        return rfc8785.dumps(cast(Any, value))
+    return text.encode()
+
+
+def sealed(record: Mapping[str, object]) -> tuple[str, bytes]:
+    """Returns the hash of a record without `hash`, and the canonical form of the record with it."""
+    before = canonical({key: value for key, value in record.items() if key < "hash"})[:-1]
+    after = canonical({key: value for key, value in record.items() if key > "hash"})[1:]
+    digest = hashlib.sha256(before + b"," + after).hexdigest()
+    return digest, b'%s,"hash":"%s",%s' % (before, digest.encode(), after)
 
 
 def record_hash(record: Mapping[str, object]) -> str:
     """Returns the sha256 (64 hex digits) of a record, whether or not it carries its `hash` already."""
     return hashlib.sha256(canonical({key: value for key, value in record.items() if key != "hash"})).hexdigest()
+
+
+def line_hash(line: bytes, digest: str) -> str:
+    """Returns what `record_hash` returns for a canonical line that carries `digest` as its hash, without parsing it."""
+    return hashlib.sha256(line.replace(b'"hash":"%s",' % digest.encode(), b"", 1)).hexdigest()
 
 
 def parse_line(line: bytes) -> dict[str, object]:

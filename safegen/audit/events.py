@@ -10,25 +10,28 @@ is built.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from safegen.audit.plain import Plain
-from safegen.errors import AuditWriteError
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
-
-EventKind = Literal["policy.applied", "policy.removed", "gated", "generated", "refused", "run.failed"]
+EventKind = Literal["policy.applied", "policy.removed", "gated", "generated", "refused", "run.failed", "audit.gap"]
 InputKind = Literal["image", "mask", "control", "ip_adapter", "embeds_only"]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord(Plain):
-    """One call of the host. `id` joins the records of that call: one `gated` record per prompt, one `generated`."""
+    """One call of the host.
+
+    Attributes:
+        id: Joins the records of that call: one `gated` record per prompt, one `generated`.
+        trace_id: OpenTelemetry's id of the trace that the call belongs to, 32 hex digits; absent outside of one.
+        span_id: Its id of the span, 16 hex digits.
+    """
 
     id: str
+    trace_id: str | None = None
+    span_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class PromptRecord(Plain):
         alg: `HMAC-SHA256`.
         chars: Length of the prompt in code points, before NFC.
         text: The prompt itself; only in a log opened with `text="full"`.
+        redacted: What the host's redactor left of it; only in a log opened with `text="redacted"`.
+        redaction_failed: True where the redactor failed, so that the text was dropped.
         decoded: True where the caller's own text was not seen, and the digest is of what the token ids decode to.
     """
 
@@ -87,6 +92,8 @@ class PromptRecord(Plain):
     chars: int
     text: str | None = None
     decoded: bool | None = None
+    redacted: str | None = None
+    redaction_failed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +219,19 @@ class AttestRecord(Plain):
 
 @dataclass(frozen=True, slots=True)
 class OutputRecord(Plain):
-    """What was drawn: `n` images, the sha256 of each, the seed in decimal (seeds exceed exact JSON numbers)."""
+    """What was drawn. Seeds are decimal text, since they exceed exact JSON numbers.
+
+    Attributes:
+        n: How many images.
+        sha256: Of each image's RGB bytes.
+        seed: Of the one generator that all images of the call came from.
+        seeds: One per image, where each had a generator of its own.
+    """
 
     n: int
     sha256: tuple[str, ...]
     seed: str | None = None
+    seeds: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,19 +245,48 @@ class ErrorRecord(Plain):
 
 @dataclass(frozen=True, slots=True)
 class SegmentRecord(Plain):
-    """What a segment promises: its text policy, whether each record was synced to disk, the key of its HMACs."""
+    """What a segment promises, and where it belongs.
+
+    Attributes:
+        text: Its text policy.
+        durable: Whether each record was synced to disk.
+        key_id: Of the key of its HMACs.
+        writer: The log of one process, `<host>-<pid>-<uuid7>`; its segments are numbered from 1.
+        number: Which of them this is.
+        after: Hash of the last record of the segment before it.
+        signer: Public key (Ed25519, 64 hex digits) that its digests are signed with; absent where nothing is signed.
+    """
 
     text: str
     durable: bool
     key_id: str
+    writer: str | None = None
+    number: int | None = None
+    after: str | None = None
+    signer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FooterRecord(Plain):
-    """The end of a closed segment: how many records stand before the footer, and the hash of the last of them."""
+    """The end of a closed segment.
+
+    Attributes:
+        count: How many records stand before the footer.
+        head: Hash of the last of them.
+        next: Path, from the root of the log, of the segment that the writer went on with; absent at its end.
+    """
 
     count: int
     head: str
+    next: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GapRecord(Plain):
+    """Records that could not be written and are lost (mode `observe` only): how many, and since when."""
+
+    lost: int
+    since: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,12 +328,13 @@ class Record(Plain):
     error: ErrorRecord | None = None
     segment: SegmentRecord | None = None
     footer: FooterRecord | None = None
+    gap: GapRecord | None = None
     timing_ms: float | None = None
     truncated_tokens: int | None = None
 
 
 class EventFields(TypedDict, total=False):
-    """What the guard may pass to `AuditLog.write`; `missing_fields` says which a kind needs."""
+    """What the guard may pass to `AuditLog.write`; `REQUIRED` says which a kind needs."""
 
     request: RequestRecord
     policy: PolicyRecord
@@ -304,6 +349,7 @@ class EventFields(TypedDict, total=False):
     attest: AttestRecord
     output: OutputRecord
     error: ErrorRecord
+    gap: GapRecord
     timing_ms: float
     truncated_tokens: int
 
@@ -316,43 +362,6 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "generated": ("runtime", "request", "policy", "membranes", "attest", "output", "timing_ms"),
     "refused": ("runtime", "request", "policy", "membranes", "hits", "verdict", "action"),
     "run.failed": ("runtime", "request", "policy", "error"),
+    "audit.gap": ("runtime", "policy", "gap"),
     "segment.close": ("runtime", "footer"),
 }
-
-
-def missing_fields(record: Record) -> list[str]:
-    """Lists what the kind of `record` needs and it lacks; empty for a sound record and for a kind not known here."""
-    missing = [name for name in REQUIRED.get(record.kind, ()) if getattr(record, name) is None]
-    if record.kind in ("gated", "generated", "refused"):
-        for index, membrane in enumerate(record.membranes or ()):
-            gate = {"permeability": membrane.permeability, "opened": membrane.opened}
-            missing += [f"membranes[{index}].{name}" for name, value in gate.items() if value is None]
-    # A prompt can be absent only where the host passed embeddings instead of one.
-    if record.kind == "gated" and record.prompt is None and "embeds_only" not in (record.inputs or ()):
-        missing.append("prompt")
-    return missing
-
-
-def parse_record(line: bytes) -> Record:
-    """Reads one line (without its newline) as a `Record`; says nothing about the chain.
-
-    Raises:
-        ValueError: One line of text that names each wrong field.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return _adapter().validate_json(line, strict=True)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ValueError("; ".join(faults)) from error
-    except AuditWriteError as error:
-        raise ValueError(str(error)) from error
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[Record]:
-    # Imported here, so that importing safegen costs nothing.
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Record)

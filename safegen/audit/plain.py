@@ -7,6 +7,7 @@ surrogates become U+FFFD. Anything else, such as a tensor, is refused: the audit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -25,23 +26,37 @@ class Plain:
 
     def __post_init__(self) -> None:
         """Replaces the values."""
-        for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name), f"{type(self).__name__}.{field.name}")
-            object.__setattr__(self, field.name, value)
+        for name in _names(type(self)):
+            value = getattr(self, name)
+            if value is None or value is True or value is False or isinstance(value, Plain):
+                continue
+            if type(value) is str and value.isascii():
+                continue
+            object.__setattr__(self, name, _plain(value, f"{type(self).__name__}.{name}"))
+
+
+@functools.cache
+def _names(kind: type[Plain]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def as_dict(record: Plain) -> dict[str, object]:
-    """Returns the JSON object of a record: fields that are None are left out, tuples stay lists."""
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {name: _json(value) for name, value in values.items() if value is not None}
-
-
-def _json(value: object) -> object:
-    if isinstance(value, Plain):
-        return as_dict(value)
-    if isinstance(value, tuple):
-        return [_json(item) for item in cast(tuple[object, ...], value)]
-    return value
+    """Returns the JSON object of a record: fields that are None are left out, whole numbers are integers."""
+    values: dict[str, object] = {}
+    for name in _names(type(record)):
+        value = getattr(record, name)
+        if value is None:
+            continue
+        kind = type(value)
+        if kind is str or kind is bool or kind is int:
+            values[name] = value
+        elif kind is float:  # RFC 8785 writes 1.0 as 1
+            values[name] = int(value) if value.is_integer() and abs(value) <= MAX_INT else value
+        elif kind is tuple:
+            values[name] = [as_dict(item) if isinstance(item, Plain) else item for item in value]
+        else:
+            values[name] = as_dict(value)
+    return values
 
 
 def _plain(value: object, where: str) -> object:

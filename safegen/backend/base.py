@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from safegen.backend.sites import Sites
 from safegen.transport.encoding import TextReader
+
+Input = Literal["image", "mask", "control", "ip_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +22,13 @@ class Call:
         states: Conditioning, [rows, tokens, width]: what the denoiser reads of the prompts.
         foreign: Whether it reads other conditioning too, which no gate understands (a reference image).
         timestep: The (first) timestep of the call, in the scheduler's own units; falls during a run.
+        inputs: What else than words it draws from, as far as the call shows: `image`, `mask`, `control`, `ip_adapter`.
     """
 
     states: Tensor
     timestep: float
     foreign: bool = False
+    inputs: tuple[Input, ...] = ()
 
 
 class Backend(TextReader, Protocol):

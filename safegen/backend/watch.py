@@ -1,7 +1,7 @@
 """What is observed of a pipeline beside its denoiser: the texts it encodes, and the images it draws.
 
 What must not be got round is attached to the denoiser and the text encoder themselves, which pipelines share when they
-are rebuilt (`from_pipe`). These two add what only the pipeline and its autoencoder can tell; each call of
+are rebuilt (`from_pipe`). These add what only the pipeline and its autoencoder can tell; each call of
 `encode_prompt`, with which every run begins, is also the moment to prove that the guarded parts are still the ones that
 the pipeline will run.
 """
@@ -11,12 +11,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from safegen.backend.conditioning import TextSeam
+from safegen.backend.base import Input
+from safegen.backend.conditioning import Encoding, TextSeam
 from safegen.backend.standin import StandIn
 
 
@@ -73,6 +76,54 @@ class EncodePromptWatch(StandIn):
             return result
         finally:
             self._seam.end_announcement(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the images of a run begin from.
+
+    Attributes:
+        seeds: Of the caller's generators: one for all images, or one per image; none where none was given.
+        inputs: `image`, and `mask` where a part of it is kept.
+        seen: The last encoding in this thread at that moment, which tells the run that it belongs to.
+    """
+
+    seeds: tuple[int, ...] = ()
+    inputs: tuple[Input, ...] = ()
+    seen: Encoding | None = None
+
+
+_NOTHING = Start()
+_start: ContextVar[Start] = ContextVar("safegen_start", default=_NOTHING)
+
+
+def take_start(seen: Encoding) -> Start:
+    """Returns what the run begins from whose prompts were encoded as `seen`, once; nothing where that was not seen."""
+    start = _start.get()
+    _start.set(_NOTHING)
+    return start if start.seen is seen else _NOTHING
+
+
+class LatentsWatch(StandIn):
+    """Notes the seeds and images that `pipe.prepare_latents` makes the first latents from."""
+
+    def __init__(self, pipe: Any, seam: TextSeam) -> None:
+        super().__init__(pipe, "prepare_latents")
+        self._seam = seam
+        self._signature = inspect.signature(self._base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs `prepare_latents`, and notes its arguments."""
+        if self._active:
+            given = self._signature.bind(*args, **kwargs).arguments
+            generators = given.get("generator")
+            listed = generators if isinstance(generators, list) else [generators]
+            seeds = tuple(g.initial_seed() for g in listed if isinstance(g, torch.Generator))
+            inputs: tuple[Input, ...] = ()
+            if given.get("image") is not None:
+                inputs = ("image", "mask") if hasattr(self._owner, "prepare_mask_latents") else ("image",)
+            _start.set(Start(seeds, inputs, self._seam.last()))
+        return self._base(*args, **kwargs)
 
 
 def image_digests(decoded: Tensor) -> tuple[str, ...]:

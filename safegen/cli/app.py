@@ -12,6 +12,9 @@ import typer
 from safegen._version import __version__
 from safegen.cli import (
     audit,
+    audit_export,
+    audit_prune,
+    audit_read,
     audit_verify,
     calibrate,
     convert,
@@ -85,6 +88,13 @@ app.command("demo", epilog=demo.EXAMPLE)(reported()(demo.demo))
 app.command("generate", epilog=generate.EXAMPLE)(reported()(generate.generate))
 _audit.callback(invoke_without_command=True, epilog=audit.EXAMPLE)(reported()(audit.audit))
 _audit.command("verify", epilog=audit_verify.EXAMPLE)(reported()(audit_verify.verify))
+_audit.command("key", epilog=audit_verify.KEY_EXAMPLE)(reported()(audit_verify.key))
+_audit.command("tail", epilog=audit_read.TAIL_EXAMPLE)(reported()(audit_read.tail))
+_audit.command("show", epilog=audit_read.SHOW_EXAMPLE)(reported()(audit_read.show_record))
+_audit.command("find", epilog=audit_read.FIND_EXAMPLE)(reported()(audit_read.find))
+_audit.command("export", epilog=audit_export.EXAMPLE)(reported()(audit_export.export))
+_audit.command("merge", epilog=audit_export.MERGE_EXAMPLE)(reported()(audit_export.merge))
+_audit.command("prune", epilog=audit_prune.EXAMPLE)(reported()(audit_prune.prune))
 app.add_typer(_audit, name="audit")
 app.command("train", epilog=train.EXAMPLE)(reported()(train.train))
 app.command("convert", epilog=convert.EXAMPLE)(reported()(convert.convert))

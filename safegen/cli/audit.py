@@ -85,7 +85,7 @@ def audit(
     """
     if ctx.invoked_subcommand is not None:
         if prompts is not None:
-            raise UsageError("--prompts does not go with `verify`; run the two one after the other")
+            raise UsageError(f"--prompts does not go with `{ctx.invoked_subcommand}`; run the two one after the other")
         return
     if prompts is None:
         raise UsageError(

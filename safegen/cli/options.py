@@ -53,6 +53,19 @@ Context = Annotated[
         "given several times.",
     ),
 ]
+Log = Annotated[Path, typer.Argument(metavar="LOG", help="A segment file, or the folder of a log.")]
+OptionalLog = Annotated[
+    Path | None,
+    typer.Argument(metavar="[LOG]", help="A segment file, or the folder of a log.", show_default="the default folder"),
+]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--signing-key", metavar="FILE", help="The private key.", show_default="this machine's"),
+]
+HmacKeyFile = Annotated[
+    Path | None,
+    typer.Option("--hmac-key", metavar="FILE", help="The key of prompt digests.", show_default="this machine's"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value to stdout, and nothing else there.")]
 
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Also write a JUnit report (XML).")]
@@ -80,6 +93,13 @@ def context_of(given: Sequence[str] | None) -> dict[str, str]:
             raise UsageError(f"--context {item}: expected KEY=VALUE (like tenant=acme), found {what}")
         context[key] = value
     return dict(checked(context))
+
+
+def log_or_default(log: Path | None) -> Path:
+    """Returns the log to read: the one given, or the folder that audits go to by default."""
+    from safegen.audit.options import default_directory
+
+    return log or default_directory()
 
 
 def check_folder(path: Path) -> None:

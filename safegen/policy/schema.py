@@ -172,13 +172,13 @@ class Audit(Strict):
     """The record.
 
     Attributes:
-        text: Whether prompts are written to the log: not at all, or in full.
+        text: Whether prompts are written to the log: not at all, what the host's redactor leaves of them, or in full.
         on_failure: A record cannot be written: refuse the run, or go on degraded (not in mode enforce).
         evidence: Whether the record of a prompt that opens a membrane says which of its tokens did it, as positions;
             it takes one more pass of the text encoder for each token of such a prompt.
     """
 
-    text: Literal["none", "full"] = "none"
+    text: Literal["none", "redacted", "full"] = "none"
     on_failure: Literal["refuse", "degrade"] = "refuse"
     evidence: Literal["none", "opened"] = "none"
 

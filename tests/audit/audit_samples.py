@@ -15,6 +15,7 @@ from safegen.audit import (
     ActionRecord,
     AttestRecord,
     AuditLog,
+    AuditOptions,
     HmacKey,
     MembraneRecord,
     ModelRecord,
@@ -23,9 +24,11 @@ from safegen.audit import (
     Record,
     RequestRecord,
     ScoreRecord,
+    Signer,
     VerdictRecord,
 )
 from safegen.audit.chain import GENESIS, record_hash
+from safegen.audit.files import segment_files
 
 KEY = HmacKey(bytes(range(32)))
 PROMPT = "a portrait of Zoë, 水彩"
@@ -121,3 +124,15 @@ def child_env() -> dict[str, str]:
     """Returns the environment in which a Python child finds safegen and this module."""
     roots = [str(Path(safegen.__file__).parents[1]), str(Path(__file__).parent)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+SIGNER = Signer(bytes(range(50, 82)))
+
+
+def signed_log(folder: Path, *, runs: int = 3, **options: Any) -> list[Path]:
+    """Writes a signed log of one process in several segments, closed; returns the segments in order."""
+    chosen: dict[str, Any] = {"signer": SIGNER, "heartbeat_records": 3, "max_bytes": 5000} | options
+    with AuditLog.open(folder, key=KEY, durable=False, options=AuditOptions(**chosen)) as log:
+        for _ in range(runs):
+            write_run(log)
+    return segment_files(folder)

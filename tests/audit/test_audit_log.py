@@ -52,7 +52,7 @@ def test_a_whole_run_reads_back_as_written_and_verifies(tmp_path: Path) -> None:
 def test_the_segment_is_private_and_named_by_date_host_and_process(tmp_path: Path) -> None:
     with AuditLog.open(tmp_path, key=KEY) as log:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", log.path.parent.name)
-        assert re.fullmatch(rf"[A-Za-z0-9._-]+-{os.getpid()}-[0-9a-f-]{{36}}\.jsonl", log.path.name)
+        assert re.fullmatch(rf"[A-Za-z0-9._-]+-{os.getpid()}-[0-9a-f-]{{36}}-0001\.jsonl", log.path.name)
         assert stat.S_IMODE(log.path.stat().st_mode) == 0o600
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == [log.path]
 
@@ -195,7 +195,7 @@ def test_a_forked_child_writes_its_own_segment_even_if_the_lock_was_held(tmp_pat
     log.close()
     report = verify(tmp_path)
     assert str(report) == "2/2 segments valid, 7/7 records valid"
-    assert sorted(int(path.name.split("-")[-6]) for path in tmp_path.rglob("*.jsonl")) == sorted([os.getpid(), pid])
+    assert sorted(int(path.name.split("-")[-7]) for path in tmp_path.rglob("*.jsonl")) == sorted([os.getpid(), pid])
 
 
 def test_a_forked_child_that_writes_nothing_leaves_the_parent_alone(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_directory_that_cannot_be_made_is_refused_at_open(tmp_path: Path, plac
 
 
 def test_wrong_arguments_are_refused_before_anything_is_created(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="text='none' or text='full'"):
+    with pytest.raises(UsageError, match="expected text='none', text='redacted' or text='full'"):
         AuditLog.open(tmp_path / "a", key=KEY, text=cast(Any, "some"))
     with pytest.raises(UsageError, match="inside the log"):
         AuditLog.open(tmp_path / "b", key=HmacKey(b"k" * 32, tmp_path / "b" / "audit.key"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,16 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audit_samples import KEY, NEGATIVE, PROMPT, as_objects, child_env, resealed, sample_bytes, write_run
+from audit_samples import KEY, NEGATIVE, PROMPT, SIGNER, as_objects, child_env, resealed, sample_bytes, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safegen.audit import AuditLog, RuntimeVersions, VerifyReport, raise_for_faults, read_records, verify
-from safegen.audit import log as log_module
+from safegen.audit import (
+    AuditLog,
+    AuditOptions,
+    RuntimeVersions,
+    VerifyReport,
+    digest,
+    raise_for_faults,
+    read_records,
+    verify,
+    writer,
+)
+from safegen.audit import segment as segment_module
 from safegen.audit.chain import MAX_RECORD_BYTES, uuid7
 from safegen.errors import AuditChainError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden" / "run.jsonl"
+SIGNED = GOLDEN.with_name("signed")
 RECORDS = 8
 
 
@@ -150,7 +162,7 @@ DAMAGE: list[tuple[Damage, int, str]] = [
     ),
     (lambda objects: resealed(objects).replace(b":1.25,", b":1.250,", 1), 2, "not in canonical form"),
     (lambda objects: resealed(objects).replace(b":1.25,", b":NaN,", 1), 2, "NaN is not JSON"),
-    (lambda objects: resealed(objects).replace(b":1.25,", b":1e999,", 1), 2, "not representable"),
+    (lambda objects: resealed(objects).replace(b":1.25,", b":1e999,", 1), 2, "not JSON compliant"),
     (lambda objects: resealed(objects).replace(b":1.25,", b":" + b"9" * 5000 + b",", 1), 2, "not a record"),
     (lambda objects: b"[" * 100_000 + b"\n" + resealed(objects), 0, "nested too deeply"),
     (lambda objects: b"[]\n" + resealed(objects), 0, "expected a JSON object, found list"),
@@ -237,15 +249,30 @@ def test_an_endless_line_and_endless_faults_take_constant_memory(segment: tuple[
     assert str(report).endswith("… and 2000 more faults")
 
 
-def test_the_golden_segment_is_what_is_written_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_golden_log_is_what_is_written_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(log_module, "__version__", "0.0.0")
-    monkeypatch.setattr(log_module, "utc_now", lambda: f"2027-01-05T10:00:00.{next(ticks):03}Z")
-    monkeypatch.setattr(log_module, "uuid7", lambda: f"0194-{next(ticks):04}")
+    monkeypatch.setattr(writer, "__version__", "0.0.0")
+    monkeypatch.setattr(writer, "uuid7", lambda: f"0194-{next(ticks):04}")
+    for module in (writer, digest, segment_module):
+        monkeypatch.setattr(module, "utc_now", lambda: f"2027-01-05T10:00:00.{next(ticks):03}Z")
     monkeypatch.setattr(os, "getpid", lambda: 4242)  # no real process can be given a number
-    with AuditLog.open(tmp_path, key=KEY, runtime=RuntimeVersions(torch="2.6.0", diffusers="0.36.0")) as log:
+    monkeypatch.setattr(socket, "gethostname", lambda: "golden")
+    options = AuditOptions(signer=SIGNER, heartbeat_records=3, max_bytes=2000, heartbeat_seconds=1e9)
+    versions = RuntimeVersions(torch="2.6.0", diffusers="0.36.0")
+    with AuditLog.open(tmp_path, key=KEY, runtime=versions, options=options) as log:
         write_run(log)
-    assert log.path.read_bytes() == GOLDEN.read_bytes()
+    written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    assert written == {path.relative_to(SIGNED): path.read_bytes() for path in SIGNED.rglob("*.jsonl")}
+
+
+def test_every_golden_log_still_verifies() -> None:
+    """Logs of earlier versions stay readable: `run.jsonl` was written before there were digests."""
+    assert str(verify(GOLDEN)) == "1/1 segments valid, 8/8 records valid"
+    report = verify(SIGNED, public_keys=[SIGNER.public_key])
+    assert str(report).splitlines()[0] == "9/9 digests valid, 3/3 segments valid, 12/12 records valid"
+    assert report.ok
+    assert [record.kind for record in read_records(GOLDEN)][2] == "gated"
+    assert [record.kind for record in read_records(SIGNED)][2] == "gated"
 
 
 def test_the_golden_segment_passes_an_independent_verifier(tmp_path: Path) -> None:
@@ -258,6 +285,7 @@ def test_the_golden_segment_passes_an_independent_verifier(tmp_path: Path) -> No
 
     assert run(GOLDEN, PROMPT).stdout == "1\n"
     assert run(GOLDEN, NEGATIVE).stdout == "0\n"
+    assert run(sorted(SIGNED.rglob("*-0003.jsonl"))[0], PROMPT).stdout == "0\n"
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_bytes(GOLDEN.read_bytes().replace(b'"match"', b'"clear"', 1))
     assert "broken at seq 2" in run(damaged).stderr

@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from tiny import random_membrane, tiny_sd
 
+from safegen.audit.files import segment_files
 from safegen.cli.drawing import save_picture
 from safegen.cli.options import check_folder
 from safegen.errors import UsageError
@@ -205,14 +206,22 @@ def log(run: Run, world: World, tmp_path: Path) -> Path:
 
 def test_log_that_verifies(run: Run, log: Path) -> None:
     result = run("audit", "verify", log)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout.startswith("1/1 segments valid")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("any key was accepted")
+    assert result.stdout.startswith("3/3 digests valid, 1/1 segments valid, ")
+    public = json.loads(run("audit", "key", "--json").stdout)["public_key"]
+    pinned = run("audit", "verify", log, "--pubkey", public)
+    assert (pinned.exit_code, pinned.stderr, pinned.stdout) == (0, "", result.stdout)
+    other = run("audit", "verify", log, "--pubkey", "00" * 32)
+    assert other.exit_code == 4
+    assert "none of the keys" in complaint(other)
+    assert "expected 64 hex digits" in complaint(run("audit", "verify", log, "--pubkey", "mine"))
     assert json.loads(run("audit", "verify", log, "--json").stdout)["ok"] is True
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_log_that_was_tampered_with(run: Run, log: Path, flags: list[str]) -> None:
-    (segment,) = log.rglob("*.jsonl")
+    (segment,) = segment_files(log)
     segment.write_text(segment.read_text("utf-8").replace('"type":"erase"', '"type":"allow"'), "utf-8")
     result = run("audit", "verify", log, flags)
     assert result.exit_code == 4

@@ -17,9 +17,10 @@ from safegen.cli.audit import FailOn
 from safegen.policy.schema import Severity
 from safegen.training.config import TrainConfig
 
+AUDIT = ("verify", "key", "tail", "show", "find", "export", "merge", "prune")
 COMMANDS = (
-    "demo", "generate", "audit", "audit verify", "train", "convert", "calibrate", "explain", "inspect", "init",
-    "validate", "fmt", "diff", "schema", "test", "lint",
+    "demo", "generate", "audit", *(f"audit {name}" for name in AUDIT), "train", "convert", "calibrate", "explain",
+    "inspect", "init", "validate", "fmt", "diff", "schema", "test", "lint",
 )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_prompts_do_not_go_with_verify(run: Run, world: World) -> None:
     assert "does not go with" in complaint(result)
 
 
-def fall_over(*_: object) -> None:
+def fall_over(*_: object, **__: object) -> None:
     raise ZeroDivisionError("a fault of ours\nwith a second line")
 
 

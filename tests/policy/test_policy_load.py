@@ -76,7 +76,7 @@ SCHEMA_FAULTS = [
     (HEAD + RULE.replace("explicit", "object"), ["5:40: concept 'nudity' is of category explicit, not object"]),
     (HEAD + RULE + RULE.splitlines()[1] + "\n", ["6:10: rule id 'a' is used twice"]),
     (HEAD + RULE + "audit: {on_failure: degrade}\n", ["6:21: degrade does not go with mode enforce"]),
-    (HEAD + RULE + "audit: {text: redacted}\n", ["6:15: unknown text 'redacted'. Known: full, none."]),
+    (HEAD + RULE + "audit: {text: some}\n", ["6:15: unknown text 'some'. Known: full, none, redacted."]),
     ("- a\n", ["1:1: expected keys and values, found a list"]),
 ]
 

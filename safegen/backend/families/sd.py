@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,21 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from safegen.backend.base import Call
+from safegen.backend.base import Call, Input
 from safegen.backend.sites import Sites, find_sites
 from safegen.errors import UnsupportedBackendError
 from safegen.transport.encoding import Token, weights_digest
 
 _SPACE_BESIDE_A_MARK = re.compile(r"(?<![^\W\d_]) | (?![^\W\d_])")
 _PARTS = ("unet", "text_encoder", "tokenizer", "vae")
+
+# Channels that a model reads beside the latents: an image and its mask to fill in, an image to edit, a depth map.
+_BESIDE_THE_LATENTS: dict[int, tuple[Input, ...]] = {5: ("image", "mask"), 4: ("image",), 1: ("control",)}
+_RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
 
 # Cross-attention width and block widths tell the families of this architecture apart.
 _FAMILIES = {
@@ -155,4 +163,14 @@ class StableDiffusion:
         first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
         images = "image_embeds" in (given.get("added_cond_kwargs") or {})  # IP-Adapter
         phrases = "gligen" in (given.get("cross_attention_kwargs") or {})
-        return Call(states, float(first) if first is not None else 0.0, images or phrases)
+        return Call(states, float(first) if first is not None else 0.0, images or phrases, self._inputs(given))
+
+    def _inputs(self, given: Mapping[str, Any]) -> tuple[Input, ...]:
+        """Returns what else than words a call draws from, as far as its arguments show."""
+        beside = int(self.denoiser.config.in_channels) - int(self.denoiser.config.out_channels)
+        found = list(_BESIDE_THE_LATENTS.get(beside, ()))
+        if any(given.get(name) is not None for name in _RESIDUALS):
+            found.append("control")
+        if "image_embeds" in (given.get("added_cond_kwargs") or {}):
+            found.append("ip_adapter")
+        return tuple(found)
