@@ -17,6 +17,7 @@ from safegen.backend.injection import Injection
 from safegen.backend.sites import plan
 from safegen.backend.watch import EncodePromptWatch, ImageWatch
 from safegen.bundle.store import MembraneStore
+from safegen.composition import Composition, compose
 from safegen.errors import MembraneError, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper, Installed
 from safegen.membrane.delta import pool
@@ -91,6 +92,7 @@ def apply_policy(
     audit: str | Path | None = None,
     audit_key: HmacKey | None = None,
     membranes: Sequence[str | Path] = (),
+    composition: Composition = "runtime",
 ) -> Guard:
     """Puts a policy in force on a pipeline; the caller goes on calling the pipeline itself.
 
@@ -105,6 +107,9 @@ def apply_policy(
         audit: Folder of the audit log; by default `SAFEGEN_AUDIT_DIR` or the XDG state folder.
         audit_key: Key of the prompt digests; by default this machine's (`safegen.audit.load_key`).
         membranes: Further folders with membranes (`<root>/<family>/<concept>/membrane.safetensors`).
+        composition: `runtime` opens membranes per row, as far as each prompt asks. `static` merges them once, for every
+            row; refused unless every rule that erases is fixed (`transport: {score: always, guidance: both}`). `auto`
+            merges where `static` would be accepted. `Guard.composition` and the audit say which it is.
 
     Returns:
         The guard: a context manager; `remove()` takes everything off.
@@ -114,12 +119,15 @@ def apply_policy(
         UnsupportedBackendError: Nothing on `pipe` that safegen can guard.
         BundleError, MembraneError: A membrane is missing, damaged, or for another base model.
         AlreadyAppliedError: A policy is in force on this denoiser already.
+        UsageError: No such composition, or `static` for a policy that opens membranes by prompt.
+        AttestationError: `static`, and the weights' number format is too coarse for the membranes.
         AuditError: The log cannot be written.
     """
     backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes)
     injection = Injection(
         backend.denoiser, backend.sites, [item.membrane for item in gatekeeper.installed], backend.family
     )
+    compose(injection, gatekeeper, composition)
     log = AuditLog.open(
         audit if audit is not None else default_audit_directory(),
         key=audit_key or load_key(),
@@ -145,7 +153,12 @@ def _versions() -> RuntimeVersions:
 
 
 class Guard:
-    """A policy in force on one pipeline. Use `apply_policy`."""
+    """A policy in force on one pipeline. Use `apply_policy`.
+
+    Attributes:
+        policy: The policy, resolved for the pipeline's base family.
+        composition: How its membranes act: opened per row (`runtime`), or merged for every row (`static`).
+    """
 
     def __init__(
         self,
@@ -158,6 +171,7 @@ class Guard:
     ) -> None:
         """Attaches everything; on an error nothing stays attached."""
         self.policy = policy
+        self.composition: Literal["runtime", "static"] = "static" if injection.merged else "runtime"
         self._gatekeeper = gatekeeper
         self._injection = injection
         self._log = log

@@ -14,12 +14,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from safegen.audit import HmacKey, Record, read_records
 from safegen.backend.base import Backend
 from safegen.backend.sites import file_key
+from safegen.composition import Composition
 from safegen.guard import Guard, apply_policy
 from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Factor, Membrane
 from safegen.transport.calibration import METADATA_KEY, Calibration, text_of
 
 WORDS = tuple("a an the of in and style photo ghost robot fox van gogh mouse mickey santa claus nude".split())  # noqa: SIM905
+
+
+FIXED = ", transport: {score: always, guidance: both}"
+"""Ends the defaults of a policy whose membranes are open in full for every row."""
 
 
 def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
@@ -216,13 +221,19 @@ def applied(
     rules: Mapping[str, str] | None = None,
     *,
     membranes: Sequence[Membrane] | None = None,
+    composition: Composition = "runtime",
     **policy: Any,
 ) -> Guard:
     """Puts a policy in force: by default one that erases "ghost" with a random membrane that only words can open."""
     chosen = [random_membrane(pipe, floor=1.0)] if membranes is None else membranes
     root = install(folder, *chosen)
     return apply_policy(
-        pipe, policy_file(folder, rules, **policy), audit=folder / "audit", audit_key=key, membranes=[root]
+        pipe,
+        policy_file(folder, rules, **policy),
+        audit=folder / "audit",
+        audit_key=key,
+        membranes=[root],
+        composition=composition,
     )
 
 

@@ -228,6 +228,35 @@ def _accumulate(y: Tensor, h: Tensor, up: Tensor, *, linear: bool) -> None:
         y.add_(F.conv2d(h, up.T[..., None, None]))
 
 
+def merged_weight(weight: Tensor, stacked: Stack, sizes: Tensor) -> tuple[Tensor, float, float]:
+    """Adds membranes to a site's weight: W + Σ_c γ_c · s_c · scale_c · up_c down_c, summed in float32 and rounded once.
+
+    Args:
+        weight: The site's own weight, [d_out, …]; it is not written to.
+        stacked: The membranes.
+        sizes: γ·s·scale of each stacked rank, [K]; a rank of size 0 is left out.
+
+    Returns:
+        The sum, in the weight's dtype (in float32 where that has fewer than 16 bits); ‖Δ‖² of the exact change Δ; and
+        how much of that the rounded sum still holds, ⟨W' - W, Δ⟩, which is less where Δ is lost in the number format.
+    """
+    acts = sizes.ne(0).nonzero().flatten()
+    chosen = stacked.choose(acts).to(sizes.to(weight.device))
+    sizes = sizes[acts].to(weight.device)
+    base = weight.detach().float()
+    delta = ((chosen.up * sizes[:, None]).T @ chosen.down.flatten(1)).view(base.shape)
+    merged = (base + delta).to(weight.dtype if weight.dtype.itemsize > 1 else torch.float32)
+    change, flat = (merged.float() - base).flatten(), delta.flatten()
+    return merged, float(torch.dot(flat, flat)), float(torch.dot(change, flat))
+
+
+def run_with(module: Site, weight: Tensor, x: Tensor) -> Tensor:
+    """Runs a site with another weight than its own."""
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, module.bias)
+    return module._conv_forward(x, weight, module.bias)
+
+
 def delta_norms(module: Site, x: Tensor, stacked: Stack, sizes: Sizes, ranks: Sequence[int]) -> Tensor:
     """Measures each membrane's own output.
 
