@@ -80,7 +80,9 @@ def renew(sites: Collection[SiteAttachment], sizes: Tensor) -> None:
     """
     held = [site for site in sites if not site.module.weight.is_meta]  # those are with the hook that offloads them
     now = checksums([site.module.weight for site in held])
-    changed = [(site, one) for site, one in zip(held, now, strict=True) if site.merged is None or site.merged.made_of != one]
+    changed = [
+        (site, one) for site, one in zip(held, now, strict=True) if site.merged is None or site.merged.made_of != one
+    ]
     for site, made_of in changed:
         site.merge(sizes, made_of)
     if changed:
@@ -88,7 +90,7 @@ def renew(sites: Collection[SiteAttachment], sizes: Tensor) -> None:
 
 
 def checksums(weights: Sequence[Tensor]) -> list[tuple[torch.dtype, int]]:
-    """Returns the dtype of each weight, and the sum of its bytes read as whole numbers; any change of a value shows."""
+    """Returns the dtype of each weight and the sum of its bytes, read as whole numbers: a change of any value shows."""
     found = [_sum_of_bits(weight.detach()) for weight in weights]
     values = torch.stack([one.to(found[0].device) for one in found]).tolist() if found else []
     return [(weight.dtype, value) for weight, value in zip(weights, values, strict=True)]
