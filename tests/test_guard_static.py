@@ -1,4 +1,4 @@
-"""Static composition under a policy: as exact, as recorded and as removable as runtime, and refused where it differs."""
+"""Static composition under a policy: exact, recorded and removable as runtime is, and refused where it would differ."""
 
 from __future__ import annotations
 

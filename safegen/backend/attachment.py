@@ -300,7 +300,7 @@ class SiteAttachment(StandIn):
         return add_delta(self.module, x, y, stacked, choice.sizes, rows)
 
     def merge(self, sizes: Tensor, made_of: tuple[torch.dtype, int]) -> None:
-        """Merges γ·s of each membrane, [membranes], into a copy of the base module's weight, whose checksum is given."""
+        """Merges γ·s of each membrane, [membranes], into a copy of the module's weight, whose checksum is `made_of`."""
         here = [(float(sizes[index]) * scale, rank) for index, rank, scale in self.carried.parts]
         spread = torch.tensor([size for size, rank in here for _ in range(rank)])
         self.merged = Merged(self.module, *merged_weight(self.module.weight, self._stack, spread), made_of)

@@ -59,8 +59,8 @@ class Sizes:
     """
 
     values: Tensor
-    _forms: dict[tuple[object, ...], tuple[Tensor, Tensor | None]] = field(
-        default_factory=dict[tuple[object, ...], tuple[Tensor, Tensor | None]], repr=False
+    _forms: dict[tuple[object, ...], tuple[Tensor | None, Tensor | None]] = field(
+        default_factory=dict[tuple[object, ...], tuple[Tensor | None, Tensor | None]], repr=False
     )
 
     @classmethod
@@ -77,8 +77,8 @@ class Sizes:
             values = values.repeat_interleave(torch.tensor(ranks), dim=1)
         return cls(values)
 
-    def form(self, h: Tensor, *, linear: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns the sizes shaped for projections `h`, and where they are 0 (None: nowhere).
+    def form(self, h: Tensor, *, linear: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the sizes shaped for projections `h` (None: all 1), and where they are 0 (None: nowhere).
 
         Kept, because all sites of a denoiser ask for the same few forms.
         """
@@ -90,7 +90,7 @@ class Sizes:
             shaped = self.values.view(rows, *middle, ranks) if linear else self.values.view(rows, ranks, *middle)
             shut = shaped == 0
             found = self._forms[key] = (
-                shaped.to(h.device, h.dtype),
+                shaped.to(h.device, h.dtype) if bool((shaped != 1).any()) else None,
                 shut.to(h.device) if bool(shut.any()) else None,
             )
         return found
@@ -167,6 +167,9 @@ def project(module: Site, x: Tensor, down: Tensor) -> Tensor:
     """Computes `down x`: [rows, …, K] (Linear), or [rows, K, h, w] with the site's stride and padding (Conv2d)."""
     if isinstance(module, nn.Linear):
         return F.linear(x, down)
+    if module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0) and x.is_contiguous():
+        h = torch.bmm(down.flatten(1).expand(len(x), -1, -1), x.flatten(2))  # in bf16 three times as fast
+        return h.view(len(x), len(down), *x.shape[2:])
     if module.padding_mode == "zeros":
         return F.conv2d(x, down, None, module.stride, module.padding, module.dilation)
     padded = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
@@ -176,7 +179,8 @@ def project(module: Site, x: Tensor, down: Tensor) -> Tensor:
 def weighted(h: Tensor, sizes: Sizes, *, linear: bool) -> Tensor:
     """Multiplies projections by their sizes, in place where no gradient is needed; size 0 leaves a projection out."""
     values, shut = sizes.form(h, linear=linear)
-    h = h * values if h.requires_grad else h.mul_(values)
+    if values is not None:
+        h = h * values if h.requires_grad else h.mul_(values)
     return h if shut is None else h.masked_fill(shut, 0)  # 0·inf is nan, and the row may be open for another membrane
 
 

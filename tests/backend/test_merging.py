@@ -120,10 +120,13 @@ def test_any_number_of_cycles_leaves_every_bit(dtype: torch.dtype) -> None:
     pipe.unet.to(dtype)
     before, base = state_of(pipe.unet), predict(pipe)
     sizes = torch.tensor([1.0, 0.5])
+    outputs: list[Tensor] = []
     for _ in range(5):
         with planned(pipe).holding(sizes):
-            found = predict(pipe)
+            outputs.append(predict(pipe))
         assert same_state(before, state_of(pipe.unet))
+    found = outputs[0]
+    assert all(torch.equal(found, again) for again in outputs)
     assert torch.equal(predict(pipe), base)
     injection = planned(pipe)
     injection.attach(lambda _a, _k: Opening.of(sizes.expand(3, 2), torch.ones(2)), lambda _: None)
