@@ -34,7 +34,6 @@ from safegen import mini
 from safegen.audit import Record, read_records, verify
 from safegen.backend import backend_of
 from safegen.backend.injection import Injection, Opening
-from safegen.backend.loading import quiet_loading
 from safegen.mini import zoo
 
 console = Console(stderr=True)
@@ -61,8 +60,7 @@ def prompt_of(thread: int, image: int) -> str:
 def own_pipeline(pipe: Any) -> Any:
     """A pipeline on shared parts; scheduler and tokenizer cannot be shared between threads upstream."""
     parts: dict[str, Any] = dict(tokenizer=copy.deepcopy(pipe.tokenizer), scheduler=copy.deepcopy(pipe.scheduler))
-    with quiet_loading():
-        own: Any = StableDiffusionPipeline.from_pipe(pipe, **parts)
+    own: Any = StableDiffusionPipeline.from_pipe(pipe, **parts)
     own.set_progress_bar_config(disable=True)
     return own
 
