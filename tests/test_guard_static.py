@@ -24,7 +24,7 @@ from tiny import (
     state_of,
     tiny_sd,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from safegen import PromptRefused, apply_policy
 from safegen.audit import HmacKey, verify
@@ -208,6 +208,24 @@ def test_a_site_below_a_hook_is_refused_and_auto_opens_it_per_row(
     with fixed(pipe, tmp_path, audit_key, "auto") as guard:
         assert guard.composition == "runtime"
         images(pipe)
+
+
+class Own(nn.Linear):
+    """Does more than its weight says, as a quantised layer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Doubles the output."""
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path, audit_key: HmacKey) -> None:
+    pipe = tiny_sd()
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    attention.to_q = Own(attention.to_q.in_features, attention.to_q.out_features, bias=False)
+    with pytest.raises(
+        UnsupportedBackendError, match=r"attn1\.to_q cannot run with a merged weight.*Own's own forward"
+    ):
+        fixed(pipe, tmp_path, audit_key)
 
 
 def test_a_membrane_that_the_weights_number_format_would_swallow_is_refused(tmp_path: Path, audit_key: HmacKey) -> None:

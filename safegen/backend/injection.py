@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from safegen.backend.attachment import Carried, Opening, SiteAttachment, current
 from safegen.backend.merging import merge, renew
+from safegen.backend.reruns import cached, recomputed
 from safegen.backend.sites import Sites, plan
 from safegen.backend.standin import StandIn, in_place_of
 from safegen.errors import AlreadyAppliedError, AttestationError, CoverageError, SafegenError
@@ -195,7 +196,7 @@ class Injection:
         token = current.set(opening)
         try:
             if torch.is_grad_enabled():
-                with _recomputed(self.denoiser, opening):
+                with recomputed(self.denoiser, opening):
                     result = forward(*args, **kwargs)
             else:
                 result = forward(*args, **kwargs)
@@ -221,7 +222,7 @@ class Injection:
             )
         if len(opening.fired) != self._planned:
             silent = self._sites.keys() - opening.fired
-            silent -= _cached(self.denoiser, silent & opening.fired_before)
+            silent -= cached(self.denoiser, silent & opening.fired_before)
             if silent:
                 raise CoverageError(
                     f"{len(silent)} of {self._planned} planned sites did not run in this step, first {min(silent)!r}; "
@@ -256,52 +257,6 @@ class Injection:
         self._copies.add(twin)  # shared by all copies, so that a copy's copy is known when the copy is gone
         assert twin._root is not None
         return twin._root
-
-
-@contextmanager
-def _recomputed(denoiser: nn.Module, opening: Opening) -> Generator[None]:
-    """Lets gradient checkpointing, which runs blocks again in the backward pass, run them with this opening."""
-    modules: list[Any] = list(denoiser.modules())
-    saving: list[tuple[Any, Callable[..., Any]]] = [
-        (module, module._gradient_checkpointing_func)
-        for module in modules
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    ]
-
-    def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def again(*inputs: Any, **options: Any) -> Any:
-                token = current.set(opening)
-                try:
-                    return function(*inputs, **options)
-                finally:
-                    current.reset(token)
-
-            return checkpoint(again, *args, **kwargs)
-
-        return call
-
-    for module, checkpoint in saving:
-        module._gradient_checkpointing_func = remembering(checkpoint)
-    try:
-        yield
-    finally:
-        for module, checkpoint in saving:
-            module._gradient_checkpointing_func = checkpoint
-
-
-def _cached(denoiser: nn.Module, sites: set[str]) -> set[str]:
-    """Returns which of these sites lie below a diffusers cache hook, which skips them by design in later steps.
-
-    What such a cache hands out was computed in an earlier step; that it was computed with the same opening is for the
-    caller to know.
-    """
-    cached = [
-        name
-        for name, module in denoiser.named_modules()
-        if any(hook._is_stateful for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())
-    ]
-    return {site for site in sites if any(not name or site == name or site.startswith(f"{name}.") for name in cached)}
 
 
 class _RootAttachment(StandIn):

@@ -78,7 +78,7 @@ def renew(sites: Collection[SiteAttachment], sizes: Tensor) -> None:
     Raises:
         AttestationError: The weights' number format is too coarse for the membranes.
     """
-    held = [site for site in sites if not site.module.weight.is_meta]  # those are with the hook that offloads them
+    held = [site for site in sites if not site.module.weight.is_meta]  # an offloading hook keeps the others elsewhere
     now = checksums([site.module.weight for site in held])
     changed = [
         (site, one) for site, one in zip(held, now, strict=True) if site.merged is None or site.merged.made_of != one
@@ -107,7 +107,7 @@ def _sum_of_bits(weight: Tensor) -> Tensor:
 def _refuse_other_forward(site: SiteAttachment) -> None:
     module = site.module
     plain = type(module).forward in (nn.Linear.forward, nn.Conv2d.forward)
-    if not plain or site.over_hook or not module.weight.is_floating_point() or module.weight.is_meta:
+    if not plain or site.over_hook:
         found = "a hook that was installed before the policy" if plain else f"{type(module).__name__}'s own forward"
         raise UnsupportedBackendError(
             f"site {site.name} cannot run with a merged weight: expected a plain Linear or Conv2d on its own weight, "
