@@ -1,21 +1,25 @@
 """The membrane engine: what composing membranes costs and how exact it is, on a U-Net of Stable Diffusion 1.4's shape.
 
-    python benchmarks/compose.py [--json] [--rounds 7]
+    python benchmarks/compose.py [--json] [--rounds 7] [--tiny | --smoke]
 
-Random weights, two threads, 32x32 latents, two rows. Every figure is the median over rounds of a ratio to the bare
-U-Net timed in the same round; the peers (a loop over membranes, PEFT's adapters) are timed in the same rounds.
+Random weights, two threads, 32x32 latents, two rows. Every ratio is the median over rounds of a time over that of the
+bare U-Net in the same round. The peers run in the same rounds: PEFT's adapters, a loop over membranes, and the
+single-adapter patch of SPM's released code, written anew from its equation, which several membranes share by adding up
+their factors. PEFT stops at 16: adding 128 adapters takes it minutes. Exit code 1 if a floor is missed.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -24,16 +28,26 @@ import typer
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from end_to_end import Floor
+from peft import LoraConfig
 from rich.console import Console
 from torch import Tensor, nn
 
 from safegen.backend.injection import Injection, Opening
+from safegen.backend.merging import renew
 from safegen.backend.sites import Sites, file_key, find_sites
 from safegen.membrane.delta import pool
 from safegen.membrane.file import read_membrane, write_membrane
 from safegen.membrane.weights import Factor, Membrane
 
 console = Console(stderr=True)
+
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32, 32, 32),
+    "cross_attention_dim": 32,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+}
 
 
 def denoiser(**shape: Any) -> Any:
@@ -58,78 +72,188 @@ def random_membranes(sites: Sites, count: int) -> list[Membrane]:
     return pool(found)
 
 
-def caller(unet: Any, size: int, width: int) -> Callable[[], Tensor]:
-    """Returns a call of the denoiser on two fixed rows."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, size, size, generator=generator).to(unet.dtype)
-    states = torch.randn(2, 77, width, generator=generator).to(unet.dtype)
+@dataclass(frozen=True)
+class Caller:
+    """A call of a denoiser on two fixed rows.
 
-    def call() -> Tensor:
+    Attributes:
+        unet: The denoiser.
+        size: Height and width of the latents.
+        width: Width of the conditioning.
+    """
+
+    unet: Any
+    size: int
+    width: int
+
+    def __call__(self) -> Tensor:
+        """Runs it."""
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(2, 4, self.size, self.size, generator=generator).to(self.unet.dtype)
+        states = torch.randn(2, 77, self.width, generator=generator).to(self.unet.dtype)
         with torch.no_grad():
-            return unet(x, torch.tensor(500), encoder_hidden_states=states).sample
-
-    return call
+            return self.unet(x, torch.tensor(500), encoder_hidden_states=states).sample
 
 
-@contextmanager
-def opened(unet: Any, sites: Sites, membranes: Sequence[Membrane], size: float) -> Generator[Opening]:
-    """Attaches membranes and opens all of them for both rows; the opening is made once, as in a run."""
-    injection = Injection(unet, sites, membranes, "bench")
-    opening = Opening.of(torch.full((2, len(membranes)), size), torch.ones(len(membranes)))
-    injection.attach(lambda _a, _k: opening.again(measure=False), lambda _: None)
-    try:
-        yield opening
-    finally:
-        injection.detach()
+Variant = Callable[[], AbstractContextManager[None]]
 
 
-@contextmanager
-def looped(sites: Sites, membranes: Sequence[Membrane]) -> Generator[None]:
-    """The peer: each membrane adds its own product in turn, as chained adapters do."""
+class Steady:
+    """Membranes that are planned once, and attached for a while at a time; the opening is made once, as in a run."""
 
-    def looping(module: nn.Module, factors: Sequence[Factor]) -> Callable[[Tensor], Tensor]:
-        base = module.forward
+    def __init__(self, unet: Any, sites: Sites, membranes: Sequence[Membrane], gamma: Tensor | float) -> None:
+        """Plans.
+
+        Args:
+            unet: The denoiser.
+            sites: Its sites.
+            membranes: What is attached.
+            gamma: γ of each membrane, for both rows.
+        """
+        sizes = torch.as_tensor(gamma).expand(len(membranes))
+        self._injection = Injection(unet, sites, membranes, "bench")
+        self._opening = Opening.of(sizes.expand(2, -1), torch.ones(len(membranes)))
+
+    @contextmanager
+    def __call__(self) -> Generator[None]:
+        """Attaches, and opens in every call."""
+        self._injection.attach(lambda _a, _k: self._opening.again(measure=False), lambda _: None)
+        try:
+            yield
+        finally:
+            self._injection.detach()
+
+
+class Static:
+    """Membranes merged for every row."""
+
+    def __init__(self, unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> None:
+        """Plans."""
+        self._injection = Injection(unet, sites, membranes, "bench")
+        self._sizes = torch.ones(len(membranes))
+
+    @contextmanager
+    def __call__(self) -> Generator[None]:
+        """Merges and attaches; restores at the end."""
+        self._injection.merge(self._sizes)
+        opening = Opening.of(torch.zeros(2, 0), torch.zeros(0))
+        self._injection.attach(lambda _a, _k: opening.again(measure=False), lambda _: None)
+        try:
+            yield
+        finally:
+            self._injection.detach()
+
+
+def patched(sites: Sites, membranes: Sequence[Membrane], *, collapsed: bool) -> Variant:
+    """The peers that replace a layer's `forward`.
+
+    Args:
+        sites: The sites.
+        membranes: What is added.
+        collapsed: Whether the factors are added up before the product, as in SPM's released code (one membrane: SPM
+            Eq. 6; several: wrong, with the cost of one), or each membrane adds its own product in turn.
+    """
+
+    def joined(name: str) -> list[tuple[Tensor, Tensor]]:
+        dtype = sites.modules[name].weight.dtype
+        pairs = [(m.factors[file_key(name)].down.to(dtype), m.factors[file_key(name)].up.to(dtype)) for m in membranes]
+        if not collapsed:
+            return pairs
+        return [(torch.stack([d for d, _ in pairs]).sum(0), torch.stack([u for _, u in pairs]).sum(0))]
+
+    def patch(module: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+        base, multiplier = module.forward, 1.0
 
         def forward(x: Tensor) -> Tensor:
             y = base(x)
-            for factor in factors:
-                if isinstance(module, nn.Linear):
-                    y = y + nn.functional.linear(nn.functional.linear(x, factor.down), factor.up)
-                else:
-                    y = y + nn.functional.conv2d(nn.functional.conv2d(x, factor.down), factor.up)
+            product = nn.functional.linear if isinstance(module, nn.Linear) else nn.functional.conv2d
+            for down, up in pairs:
+                y = y + product(product(x, down), up) * multiplier
             return y
 
         return forward
 
-    for name, module in sites.modules.items():
-        dtype = module.weight.dtype
-        factors = [m.factors[file_key(name)] for m in membranes]
-        cast = [Factor(f.down.to(dtype), f.up.to(dtype), f.alpha) for f in factors]
-        module.__dict__["forward"] = looping(module, cast)
-    try:
-        yield
-    finally:
-        for module in sites.modules.values():
-            del module.__dict__["forward"]
+    found = {name: joined(name) for name in sites.modules}
+
+    @contextmanager
+    def variant() -> Generator[None]:
+        for name, module in sites.modules.items():
+            module.__dict__["forward"] = patch(module, found[name])
+        try:
+            yield
+        finally:
+            for module in sites.modules.values():
+                del module.__dict__["forward"]
+
+    return variant
 
 
-def ratio(call: Callable[[], Tensor], variant: Any, rounds: int, label: str) -> float:
-    """Times the bare denoiser and a variant in turn, and returns the median of the rounds' ratios."""
-    found: list[float] = []
+class PeftPeer:
+    """The peer that hosts use: PEFT adapters, on a twin that shares every weight with the bare denoiser."""
+
+    def __init__(self, unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> None:
+        """Adds one adapter per membrane, with its factors."""
+        self.twin: Any = copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
+        self.names = [membrane.concept for membrane in membranes]
+        for membrane in membranes:
+            config = LoraConfig(r=1, lora_alpha=1, target_modules=list(sites.modules), init_lora_weights=False)
+            self.twin.add_adapter(config, adapter_name=membrane.concept)
+            for name in sites.modules:
+                layer, factor = self.twin.get_submodule(name), membrane.factors[file_key(name)]
+                layer.lora_A[membrane.concept].weight.data.copy_(factor.down)
+                layer.lora_B[membrane.concept].weight.data.copy_(factor.up)
+
+    def call(self, call: Caller) -> Caller:
+        """Returns the same call of the twin."""
+        return replace(call, unet=self.twin)
+
+    def with_active(self, count: int) -> Variant:
+        """Returns a variant with so many adapters active."""
+
+        @contextmanager
+        def variant() -> Generator[None]:
+            self.twin.set_adapters(self.names[:count], [1.0] * count)
+            yield
+
+        return variant
+
+
+def ratios(
+    call: Caller, variants: Mapping[str, Variant], rounds: int, others: Mapping[str, Caller] | None = None
+) -> dict[str, float]:
+    """Times the bare denoiser and every variant in turn, and returns the medians over rounds of the ratios.
+
+    Args:
+        call: A call of the denoiser.
+        variants: What is timed beside the bare denoiser, each entered for its own call.
+        rounds: How often; each begins with another variant. One more comes first, for what a run works out once.
+        others: Calls of variants that run on another denoiser.
+    """
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
     for number in range(rounds + 1):
         started = time.perf_counter()
         call()
         base = time.perf_counter() - started
-        with variant():
-            if not number:
-                call()  # what a run works out once
-            started = time.perf_counter()
-            call()
-            taken = time.perf_counter() - started
-        if number:
-            found.append(taken / base)
-    console.print(f"{label}: {statistics.median(found):.3f}")
-    return statistics.median(found)
+        taken: dict[str, float] = {}
+        for name in order:
+            with variants[name]():
+                run = (others or {}).get(name, call)
+                if not number or isinstance(variants[name], Static):
+                    run()
+                started = time.perf_counter()
+                run()
+                taken[name] = time.perf_counter() - started
+        started = time.perf_counter()
+        call()
+        base = (base + time.perf_counter() - started) / 2
+        for name in order if number else ():
+            found[name].append(taken[name] / base)
+        order = [*order[1:], order[0]]
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    for name, value in medians.items():
+        console.print(f"{name}: {value:.3f}")
+    return medians
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -147,10 +271,9 @@ def errors(unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> float:
     worst = 0.0
     opening = Opening.of(torch.full((2, len(membranes)), 0.7), torch.ones(len(membranes)))
     injection = Injection(unet, sites, membranes, "bench")
-    for name in list(sites.modules)[::24]:
-        module = sites.modules[name]
-        if not isinstance(module, nn.Linear):
-            continue
+    linear = {name: module for name, module in sites.modules.items() if isinstance(module, nn.Linear)}
+    for name in list(linear)[::23]:  # which is no multiple of a block's layers, so that all kinds have their turn
+        module = linear[name]
         x = torch.randn(2, 64, module.in_features, generator=torch.Generator().manual_seed(3))
         bias = cast("Tensor | None", module.bias)  # None without a bias, whatever its annotation says
         exact = nn.functional.linear(x.double(), module.weight.double(), bias if bias is None else bias.double())
@@ -165,42 +288,48 @@ def errors(unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> float:
     return worst
 
 
-def full(rounds: int) -> tuple[dict[str, float], list[Floor]]:
+def full(unet: Any, call: Caller, rounds: int) -> tuple[dict[str, float], list[Floor]]:
     """Everything on the large U-Net."""
-    unet = denoiser()
     sites = find_sites(unet, Transformer2DModel)
     membranes = random_membranes(sites, 128)
-    call = caller(unet, 32, 768)
     base = call()
-    peers: dict[str, float] = {}
-    floors: list[Floor] = []
-    with opened(unet, sites, membranes, 0.0):
+    with Steady(unet, sites, membranes, 0.0)():
         same = float(torch.equal(call(), base))
-    floors.append(Floor.at_least("nothing open: bit-identical", same, 1.0))
-    for count, size, limit in ((128, 0.0, 1.01), (1, 1.0, 1.02), (16, 1.0, 1.05), (128, 1.0, 1.10)):
-        name = f"fp32, {count} applied, {'all' if size else 'none'} open"
-        some = membranes[:count]
-        value = ratio(call, partial(opened, unet, sites, some, size), rounds, name)
-        floors.append(Floor.at_most(name, value, limit))
-    for count in (1, 16):
-        some = membranes[:count]
-        peers[f"loop, fp32, {count}"] = ratio(call, partial(looped, sites, some), rounds, f"loop {count}")
-    floors += switching(unet, sites, membranes)
+    floors = [Floor.at_least("nothing open: bit-identical", same, 1.0)]
+    peft = PeftPeer(unet, sites, membranes[:16])
+    limits = {"fp32, 128 applied, none open": 1.01, "fp32, 1 open": 1.02, "fp32, 16 open": 1.05, "fp32, 128 open": 1.10}
+    limits |= {"fp32, 1 static": 1.01, "fp32, 128 static": 1.01}
+    variants: dict[str, Variant] = {
+        "fp32, 128 applied, none open": Steady(unet, sites, membranes, 0.0),
+        **{f"fp32, {n} open": Steady(unet, sites, membranes[:n], 1.0) for n in (1, 16, 128)},
+        **{f"fp32, {n} static": Static(unet, sites, membranes[:n]) for n in (1, 128)},
+        **{f"loop, fp32, {n}": patched(sites, membranes[:n], collapsed=False) for n in (1, 16)},
+        **{f"SPM's single adapter, fp32, {n}": patched(sites, membranes[:n], collapsed=True) for n in (1, 16)},
+        **{f"PEFT, fp32, {n}": peft.with_active(n) for n in (1, 16)},
+    }
+    found = ratios(call, variants, rounds, dict.fromkeys(("PEFT, fp32, 1", "PEFT, fp32, 16"), peft.call(call)))
+    peers, more = switching(unet, sites, membranes)
+    peers["PEFT: 16 other weights, s"] = seconds(lambda: peft.twin.set_adapters(peft.names, [0.5] * 16))
+    floors += more
     value = errors(unet, sites, membranes)
     floors.append(Floor.at_most("error against a float64 sum, over the base layer's own", value, 2.0))
-    unet.to(torch.bfloat16)
-    half = caller(unet, 32, 768)
-    for count, limit in ((16, 1.06), (128, 1.10)):
-        some = membranes[:count]
-        name = f"bf16, {count} open"
-        value = ratio(half, partial(opened, unet, sites, some, 1.0), rounds, name)
-        floors.append(Floor.at_most(name, value, limit))
-    peers["loop, bf16, 16"] = ratio(half, lambda: looped(sites, membranes[:16]), rounds, "loop bf16 16")
-    return peers, floors
+    for each in (unet, peft.twin):
+        each.to(torch.bfloat16)
+    limits |= {"bf16, 16 open": 1.06, "bf16, 128 open": 1.10, "bf16, 128 static": 1.01}
+    variants = {
+        **{f"bf16, {n} open": Steady(unet, sites, membranes[:n], 1.0) for n in (16, 128)},
+        "bf16, 128 static": Static(unet, sites, membranes),
+        "loop, bf16, 16": patched(sites, membranes[:16], collapsed=False),
+        "SPM's single adapter, bf16, 16": patched(sites, membranes[:16], collapsed=True),
+        "PEFT, bf16, 16": peft.with_active(16),
+    }
+    found |= ratios(call, variants, rounds, {"PEFT, bf16, 16": peft.call(call)})
+    floors += [Floor.at_most(name, found.pop(name), limit) for name, limit in limits.items()]
+    return peers | found, floors
 
 
-def switching(unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> list[Floor]:
-    """New permeabilities; applying and removing a policy's membranes, files included; memory."""
+def switching(unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> tuple[dict[str, float], list[Floor]]:
+    """New permeabilities; merging; applying and removing a policy's membranes, files included; memory."""
     injection = Injection(unet, sites, membranes, "bench")
     gamma, strengths = torch.rand(2, len(membranes)), torch.ones(len(membranes))
     x = torch.zeros(1)
@@ -216,6 +345,7 @@ def switching(unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> list[Fl
     for name in injection.site_names:
         for tensor in injection.site(name).tensors():
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    found += merging(injection, strengths)
     size = sum(t.numel() * t.element_size() for m in membranes for _, t in _factors(m))
     found.append(Floor.at_most("memory over the bytes of the open membranes", sum(held.values()) / size, 1.1))
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +360,22 @@ def switching(unet: Any, sites: Sites, membranes: Sequence[Membrane]) -> list[Fl
         started = time.perf_counter()
         applied.detach()
         found.append(Floor.at_most("remove 128, s", time.perf_counter() - started, 0.1))
-    return found
+    rebuilt = seconds(lambda: patched(sites, membranes, collapsed=True))
+    return {"SPM's single adapter: new permeabilities for 128, s": rebuilt}, found
+
+
+def merging(injection: Injection, sizes: Tensor) -> list[Floor]:
+    """Merging membranes and taking them out again; what looking for changed weights costs each image."""
+    merge = seconds(lambda: injection.merge(sizes))
+    started = time.perf_counter()
+    sites = [injection.site(name) for name in injection.site_names]
+    renew(sites, sizes)
+    console.print(f"looking for changed weights, once an image: {time.perf_counter() - started:.3f} s")
+    injection.attach(lambda _a, _k: Opening.of(torch.zeros(2, 0), torch.zeros(0)), lambda _: None)
+    started = time.perf_counter()
+    injection.detach()
+    restore = time.perf_counter() - started
+    return [Floor.at_most("merge 128, s", merge, 3.0), Floor.at_most("restore 128, s", restore, 0.5)]
 
 
 def _factors(membrane: Membrane) -> Generator[tuple[str, Tensor]]:
@@ -239,44 +384,56 @@ def _factors(membrane: Membrane) -> Generator[tuple[str, Tensor]]:
 
 def dispatch_bound(rounds: int) -> tuple[dict[str, float], list[Floor]]:
     """A tiny U-Net, where the time goes into calling operators."""
-    unet = denoiser(
-        sample_size=8,
-        block_out_channels=(16, 32, 32, 32),
-        cross_attention_dim=32,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
+    unet = denoiser(**SMALL)
     sites = find_sites(unet, Transformer2DModel)
     membranes = random_membranes(sites, 16)
-    call = caller(unet, 8, 32)
-    call()
-    value = ratio(call, lambda: opened(unet, sites, membranes, 1.0), 10 * rounds, "tiny, 16 open")
-    peer = ratio(call, lambda: looped(sites, membranes), 10 * rounds, "tiny, loop")
-    return {"loop, tiny, 16": peer}, [Floor.at_most("dispatch-bound tiny U-Net, 16 open", value, 1.20)]
+    call = Caller(unet, 8, 32)
+    peft = PeftPeer(unet, sites, membranes)
+    apart = torch.linspace(0.25, 1.0, 16)
+    limits = {f"dispatch-bound tiny U-Net, 16 open{how}": 1.20 for how in ("", " by different γ")}
+    variants: dict[str, Variant] = {
+        "dispatch-bound tiny U-Net, 16 open": Steady(unet, sites, membranes, 1.0),
+        "dispatch-bound tiny U-Net, 16 open by different γ": Steady(unet, sites, membranes, apart),
+        "none open, tiny, 16 applied": Steady(unet, sites, membranes, 0.0),
+        "static, tiny, 16": Static(unet, sites, membranes),
+        "loop, tiny, 16": patched(sites, membranes, collapsed=False),
+        "SPM's single adapter, tiny, 16": patched(sites, membranes, collapsed=True),
+        "PEFT, tiny, 16": peft.with_active(16),
+    }
+    found = ratios(call, variants, 10 * rounds, {"PEFT, tiny, 16": peft.call(call)})
+    floors = [Floor.at_most(name, found.pop(name), limit) for name, limit in limits.items()]
+    return found, floors
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    rounds: Annotated[int, typer.Option(help="Rounds per ratio.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per ratio.")] = 7,
     tiny: Annotated[bool, typer.Option(help="Only the tiny U-Net.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A small U-Net in place of the large one: that all of it runs.")] = False,
 ) -> None:
     """Measures the membrane engine."""
     peers, floors = dispatch_bound(rounds)
     if not tiny:
-        more_peers, more = full(rounds)
+        unet = denoiser(**SMALL) if smoke else denoiser()
+        call = Caller(unet, 8, 32) if smoke else Caller(unet, 32, 768)
+        more_peers, more = full(unet, call, rounds)
         peers, floors = peers | more_peers, floors + more
     report = {
-        "model": "U-Net of Stable Diffusion 1.4's shape, random weights",
+        "benchmark": "The membrane engine",
+        "command": shlex.join(["python", "benchmarks/compose.py", *sys.argv[1:]]),
+        "model": "U-Nets with random weights: small" if smoke or tiny else "U-Net of Stable Diffusion 1.4's shape",
         "threads": torch.get_num_threads(),
         "rounds": rounds,
-        "peers": {name: round(value, 3) for name, value in peers.items()},
+        "peers": {name: round(value, 4) for name, value in peers.items()},
         "floors": [vars(floor) for floor in floors],
     }
     if as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
-        return
     for floor in floors:
-        console.print(f"{'holds ' if floor.holds else 'MISSED'} {floor.name}: {floor.value} (floor {floor.floor})")
+        verdict = "holds " if floor.holds else "MISSED"
+        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
+    if not all(floor.holds for floor in floors):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

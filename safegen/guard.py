@@ -19,6 +19,7 @@ from safegen.backend.injection import Injection
 from safegen.backend.sites import plan
 from safegen.backend.watch import EncodePromptWatch, ImageWatch, LatentsWatch
 from safegen.bundle.store import MembraneStore
+from safegen.composition import Composition, compose
 from safegen.errors import MembraneError, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper, Installed
 from safegen.membrane.delta import pool
@@ -96,6 +97,7 @@ def apply_policy(
     membranes: Sequence[str | Path] = (),
     context: Mapping[str, str] | None = None,
     clock: Callable[[], datetime] = utc_now,
+    composition: Composition = "runtime",
 ) -> Guard:
     """Puts a policy in force on a pipeline; the caller goes on calling the pipeline itself.
 
@@ -115,6 +117,9 @@ def apply_policy(
         context: What is known of every caller, such as a tenant: what the policy's exceptions are matched on.
             `safegen.request_context` adds to it per request; `task` says what kind of generation is run.
         clock: The time that exceptions are held against, with its zone.
+        composition: `runtime` opens membranes per row, as far as each prompt asks. `static` merges them once, for every
+            row; refused unless every rule that erases is fixed (`transport: {score: always, guidance: both}`). `auto`
+            merges where `static` would be accepted. `Guard.composition` and the audit say which it is.
 
     Returns:
         The guard: a context manager; `remove()` takes everything off.
@@ -125,12 +130,15 @@ def apply_policy(
         UsageError: The context holds something else than texts, or an unknown task.
         BundleError, MembraneError: A membrane is missing, damaged, or for another base model.
         AlreadyAppliedError: A policy is in force on this denoiser already.
+        UsageError: No such composition, or `static` for a policy that opens membranes by prompt.
+        AttestationError: `static`, and the weights' number format is too coarse for the membranes.
         AuditError: The log cannot be written.
     """
     backend, resolved, gatekeeper = prepare(pipe, policy, membranes=membranes, context=context, clock=clock)
     injection = Injection(
         backend.denoiser, backend.sites, [item.membrane for item in gatekeeper.installed], backend.family
     )
+    compose(injection, gatekeeper, composition)
     log = AuditLog.open(
         audit if audit is not None else default_directory(),
         key=audit_key or load_key(),
@@ -161,7 +169,12 @@ def _versions() -> RuntimeVersions:
 
 
 class Guard:
-    """A policy in force on one pipeline. Use `apply_policy`."""
+    """A policy in force on one pipeline. Use `apply_policy`.
+
+    Attributes:
+        policy: The policy, resolved for the pipeline's base family.
+        composition: How its membranes act: opened per row (`runtime`), or merged for every row (`static`).
+    """
 
     def __init__(
         self,
@@ -174,6 +187,7 @@ class Guard:
     ) -> None:
         """Attaches everything; on an error nothing stays attached."""
         self.policy = policy
+        self.composition: Literal["runtime", "static"] = "static" if injection.merged else "runtime"
         self._gatekeeper = gatekeeper
         self._injection = injection
         self._log = log

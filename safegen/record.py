@@ -67,6 +67,7 @@ class Recorder:
         self._policy = policy
         self._gatekeeper = gatekeeper
         self._sites = len(injection.site_names)
+        self._composition = "static" if injection.merged else "runtime"
         self._model = ModelRecord(family, source)
         self._policy_record = PolicyRecord(policy.id, policy.version, f"sha256:{policy.digest}", policy.mode)
 
@@ -175,7 +176,7 @@ class Recorder:
 
     def _attest(self, calls: int | None = None) -> AttestRecord:
         """Returns the proof of attachment: reached only where every planned site was found in place (and fired)."""
-        return AttestRecord(modules_expected=self._sites, modules_seen=self._sites, calls=calls)
+        return AttestRecord(self._sites, self._sites, calls, self._composition)
 
     def _membranes(self, decision: Decision, effect: Sequence[float] | None = None) -> tuple[MembraneRecord, ...]:
         enforced = self._policy.mode == "enforce"

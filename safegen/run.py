@@ -39,7 +39,7 @@ class Run:
         encoding: What holds for this run of all that was encoded for it.
         origins: Where each row came from.
         decisions: One per row.
-        opening: What the membranes do to its rows; nothing where the policy only observes.
+        opening: What the membranes do to its rows; nothing where the policy only observes, or they are merged.
         start: Seeds and images that it began from.
         inputs: What else than words it draws from.
         started: `time.perf_counter` at the first call.
@@ -184,7 +184,7 @@ class Runs:
             self._recorder.refused(request, decisions, origins, inputs)
             raise PromptRefused(_message(refused), _as_values(refused[0]))
         permeability = self._gatekeeper.permeability(decisions)
-        if not enforce:
+        if not enforce or self._injection.merged:  # what is merged acts already
             permeability = torch.zeros_like(permeability)
         run = Run(
             owner=self,

@@ -14,12 +14,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from safegen.audit import AuditOptions, HmacKey, Record, read_records
 from safegen.backend.base import Backend
 from safegen.backend.sites import file_key
+from safegen.composition import Composition
 from safegen.guard import Guard, apply_policy
 from safegen.membrane.file import write_membrane
 from safegen.membrane.weights import Factor, Membrane
 from safegen.transport.calibration import METADATA_KEY, Calibration, text_of
 
 WORDS = tuple("a an the of in and style photo ghost robot fox van gogh mouse mickey santa claus nude".split())  # noqa: SIM905
+
+
+FIXED = ", transport: {score: always, guidance: both}"
+"""Ends the defaults of a policy whose membranes are open in full for every row."""
 
 
 def tiny_tokenizer(length: int = 16) -> CLIPTokenizer:
@@ -217,6 +222,7 @@ def applied(
     *,
     membranes: Sequence[Membrane] | None = None,
     options: AuditOptions | None = None,
+    composition: Composition = "runtime",
     **policy: Any,
 ) -> Guard:
     """Puts a policy in force: by default one that erases "ghost" with a random membrane that only words can open."""
@@ -229,6 +235,7 @@ def applied(
         audit_key=key,
         audit_options=options,
         membranes=[root],
+        composition=composition,
     )
 
 

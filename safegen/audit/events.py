@@ -210,11 +210,15 @@ class ActionRecord(Plain):
 
 @dataclass(frozen=True, slots=True)
 class AttestRecord(Plain):
-    """Proof of attachment: how many sites were planned, how many carried their membrane, how many calls they saw."""
+    """Proof of attachment: how many sites were planned, how many carried their membrane, how many calls they saw.
+
+    `composition` is `runtime` (membranes opened per row, as they were needed) or `static` (merged once, for every row).
+    """
 
     modules_expected: int
     modules_seen: int
     calls: int | None = None
+    composition: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from safegen.backend.merging import Merged
 from safegen.backend.standin import StandIn
 from safegen.errors import AttestationError, CoverageError
-from safegen.membrane.delta import Rows, Site, Sizes, Stack, add_delta, delta_norms, stack
+from safegen.membrane.delta import Rows, Site, Sizes, Stack, add_delta, delta_norms, merged_weight, stack
 from safegen.membrane.weights import Factor
 
 
@@ -188,7 +189,11 @@ torch.library.register_fake("safegen::open_site", _no_output, lib=_library)
 
 
 class SiteAttachment(StandIn):
-    """Stands in for one site's `forward`."""
+    """Stands in for one site's `forward`.
+
+    Attributes:
+        merged: What runs in place of the base module, with static composition.
+    """
 
     def __init__(
         self,
@@ -215,6 +220,7 @@ class SiteAttachment(StandIn):
         self._copied = copied
         self._live = any(f.down.requires_grad or f.up.requires_grad for f in factors)
         self._stack = self._working = stack(factors)
+        self.merged: Merged | None = None
         self._enrol()
 
     def _enrol(self) -> None:
@@ -228,6 +234,7 @@ class SiteAttachment(StandIn):
         """Returns this attachment for a copy of its site, on the same factors."""
         twin = self.on(module)
         twin.module, twin._copied = module, copied
+        twin.merged = self.merged.on(module) if self.merged is not None else None
         twin._enrol()
         return twin
 
@@ -246,9 +253,9 @@ class SiteAttachment(StandIn):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the site: the base module, then the open membranes' sum."""
-        y = self._base(x, *args, **kwargs)
         if not self._active:
-            return y
+            return self._base(x, *args, **kwargs)
+        y = self._base(x, *args, **kwargs) if self.merged is None else self.merged(x)
         if torch.compiler.is_compiling():
             torch.ops.safegen.open_site(y, x, self.number)
             return y
@@ -292,8 +299,19 @@ class SiteAttachment(StandIn):
             opening.effects.append(self._measured(opening, x, y, stacked, choice, rows))
         return add_delta(self.module, x, y, stacked, choice.sizes, rows)
 
+    def merge(self, sizes: Tensor, made_of: tuple[torch.dtype, int]) -> None:
+        """Merges γ·s of each membrane, [membranes], into a copy of the module's weight, whose checksum is `made_of`."""
+        here = [(float(sizes[index]) * scale, rank) for index, rank, scale in self.carried.parts]
+        spread = torch.tensor([size for size, rank in here for _ in range(rank)])
+        self.merged = Merged(self.module, *merged_weight(self.module.weight, self._stack, spread), made_of)
+
+    @property
+    def over_hook(self) -> bool:
+        """Whether it stands in for somebody else's hook, and not for the module's own `forward`."""
+        return self._had is not None
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that it holds."""
+        """Returns the tensors of the membranes that it holds."""
         return self._stack.down, self._stack.up, self._working.down, self._working.up
 
     def _measured(self, opening: Opening, x: Tensor, y: Tensor, stacked: Stack, choice: Choice, rows: Rows) -> Tensor:

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safegen.backend.attachment import Carried, Opening, SiteAttachment, current
+from safegen.backend.merging import merge, renew
+from safegen.backend.reruns import cached, recomputed
 from safegen.backend.sites import Sites, plan
 from safegen.backend.standin import StandIn, in_place_of
 from safegen.errors import AlreadyAppliedError, AttestationError, CoverageError, SafegenError
@@ -68,6 +70,7 @@ class Injection:
         self._planned = len(self._sites)
         self._copies: weakref.WeakSet[Injection] = weakref.WeakSet()
         self._root: _RootAttachment | None = None
+        self._merged: Tensor | None = None
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -100,6 +103,47 @@ class Injection:
             attachment.attach()
         self._root.attach()
 
+    def merge(self, sizes: Tensor) -> None:
+        """Merges fixed sizes of the membranes for every row: the sites run with merged weights, and nothing opens.
+
+        The denoiser's own weights are left as they are (see `safegen.backend.merging`). Takes effect once attached, and
+        until it is detached.
+
+        Args:
+            sizes: γ·s of each membrane, [membranes].
+
+        Raises:
+            UnsupportedBackendError: A site does not run its weight by itself, so that no other can take its place.
+            AttestationError: The weights' number format is too coarse for the membranes.
+        """
+        merge(self._sites.values(), sizes)
+        self._merged = sizes
+
+    @property
+    def merged(self) -> bool:
+        """Whether membranes are merged (static composition), so that nothing must open."""
+        return self._merged is not None
+
+    @contextmanager
+    def holding(self, sizes: Tensor) -> Generator[Self]:
+        """Merges fixed sizes, attaches, and detaches at the end: for evaluation and benchmarks. No prompt is read.
+
+        Args:
+            sizes: See `merge`.
+        """
+        self.merge(sizes)
+        shut = torch.zeros(0)
+
+        def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
+            rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
+            return Opening.of(shut.expand(rows, 0), shut)
+
+        self.attach(before, lambda _: None)
+        try:
+            yield self
+        finally:
+            self.detach()
+
     def detach(self) -> None:
         """Takes everything off, also from deep copies of the denoiser.
 
@@ -113,7 +157,9 @@ class Injection:
             assert injection._root is not None
             for attachment in (injection._root, *injection._sites.values()):
                 attachment.detach()
-            injection._root = None
+            for attachment in injection._sites.values():
+                attachment.merged = None
+            injection._root = injection._merged = None
 
     def check(self) -> None:
         """Proves that every planned attachment is in place and belongs to the module that the denoiser runs.
@@ -139,15 +185,18 @@ class Injection:
         """Calls `forward` with an opening in force, and proves that every planned site took part.
 
         Raises:
-            AttestationError: An attachment is not in place (looked at in the first call of an opening).
+            AttestationError: An attachment is not in place (looked at in the first call of an opening), or merged
+                weights would be trained.
             CoverageError: Planned sites did not run.
         """
         if not opening.fired_before:
             self.check()
+            if self._merged is not None:
+                self._prove_merged(self._merged)
         token = current.set(opening)
         try:
             if torch.is_grad_enabled():
-                with _recomputed(self.denoiser, opening):
+                with recomputed(self.denoiser, opening):
                     result = forward(*args, **kwargs)
             else:
                 result = forward(*args, **kwargs)
@@ -155,6 +204,15 @@ class Injection:
             current.reset(token)
         self._prove_coverage(opening)
         return result
+
+    def _prove_merged(self, sizes: Tensor) -> None:
+        """Makes sure that what is merged is the denoiser as it is now."""
+        if torch.is_grad_enabled() and any(site.module.weight.requires_grad for site in self._sites.values()):
+            raise AttestationError(
+                "merged weights pass no gradient on to the denoiser's own; expected a call under torch.no_grad, or "
+                'weights that need no gradient. Train with composition="runtime".'
+            )
+        renew(self._sites.values(), sizes)
 
     def _prove_coverage(self, opening: Opening) -> None:
         if len(self._sites) != self._planned:
@@ -164,7 +222,7 @@ class Injection:
             )
         if len(opening.fired) != self._planned:
             silent = self._sites.keys() - opening.fired
-            silent -= _cached(self.denoiser, silent & opening.fired_before)
+            silent -= cached(self.denoiser, silent & opening.fired_before)
             if silent:
                 raise CoverageError(
                     f"{len(silent)} of {self._planned} planned sites did not run in this step, first {min(silent)!r}; "
@@ -199,52 +257,6 @@ class Injection:
         self._copies.add(twin)  # shared by all copies, so that a copy's copy is known when the copy is gone
         assert twin._root is not None
         return twin._root
-
-
-@contextmanager
-def _recomputed(denoiser: nn.Module, opening: Opening) -> Generator[None]:
-    """Lets gradient checkpointing, which runs blocks again in the backward pass, run them with this opening."""
-    modules: list[Any] = list(denoiser.modules())
-    saving: list[tuple[Any, Callable[..., Any]]] = [
-        (module, module._gradient_checkpointing_func)
-        for module in modules
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    ]
-
-    def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def again(*inputs: Any, **options: Any) -> Any:
-                token = current.set(opening)
-                try:
-                    return function(*inputs, **options)
-                finally:
-                    current.reset(token)
-
-            return checkpoint(again, *args, **kwargs)
-
-        return call
-
-    for module, checkpoint in saving:
-        module._gradient_checkpointing_func = remembering(checkpoint)
-    try:
-        yield
-    finally:
-        for module, checkpoint in saving:
-            module._gradient_checkpointing_func = checkpoint
-
-
-def _cached(denoiser: nn.Module, sites: set[str]) -> set[str]:
-    """Returns which of these sites lie below a diffusers cache hook, which skips them by design in later steps.
-
-    What such a cache hands out was computed in an earlier step; that it was computed with the same opening is for the
-    caller to know.
-    """
-    cached = [
-        name
-        for name, module in denoiser.named_modules()
-        if any(hook._is_stateful for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())
-    ]
-    return {site for site in sites if any(not name or site == name or site.startswith(f"{name}.") for name in cached)}
 
 
 class _RootAttachment(StandIn):

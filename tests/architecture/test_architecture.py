@@ -35,7 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"decision", "gatekeeper", "transport"},
     "record": {"errors", "audit", "backend", "decision", "policy", "gatekeeper"},
     "run": {"errors", "backend", "gatekeeper", "record"},
-    "guard": {"errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "record", "run"},
+    "composition": {"errors", "backend", "policy", "gatekeeper"},
+    "guard": {
+        *("errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "composition", "record", "run")
+    },
     "training": {"errors", "backend", "membrane"},
 }
 ABOVE = {"evaluation", "mini", "cli", "serving", "integrations", "__main__", "__init__"}  # nobody below imports them

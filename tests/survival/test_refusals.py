@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import applied, draw, random_membrane, records, skipped, tiny_sd
+from tiny import FIXED, applied, draw, random_membrane, records, skipped, tiny_sd
 from torch import nn
 
 from safegen.audit import HmacKey
@@ -113,6 +113,15 @@ def test_the_next_image_is_refused(break_it: Break, reason: str, tmp_path: Path,
     failed = records(tmp_path, "run.failed")
     assert len(failed) == 2
     assert len(records(tmp_path, "generated")) == 1
+
+
+@pytest.mark.parametrize(("break_it", "reason"), BROKEN_ON_EVERY_PIPELINE.items())
+def test_so_it_is_with_merged_weights(break_it: Break, reason: str, tmp_path: Path, audit_key: HmacKey) -> None:
+    pipe = tiny_sd()
+    applied(pipe, tmp_path, audit_key, extra=FIXED, composition="static")
+    draw(pipe, "a fox")
+    break_it(pipe)
+    refused(pipe, reason)
 
 
 @pytest.mark.parametrize(("break_it", "reason"), BROKEN_ON_EVERY_PIPELINE.items())

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from tiny import applied, draw, random_membrane, records, same_state, state_of, tiny_sd
+from tiny import FIXED, applied, draw, random_membrane, records, same_state, state_of, tiny_sd
 from torch import Tensor, nn
 
 from safegen.audit import HmacKey
 from safegen.backend import backend_of
 from safegen.backend.sites import file_key
-from safegen.errors import AttestationError, CoverageError
+from safegen.errors import AttestationError, CoverageError, UnsupportedBackendError
 from safegen.membrane.weights import Membrane
 
 PROMPTS = ["a ghost", "a fox"]  # the first opens the membrane fully, the second leaves it shut
@@ -178,6 +178,45 @@ def test_a_membrane_acts_as_if_merged_whatever_the_host_did(
     assert (wanted[0] - plain[0]).abs().max() > 0.01
     torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-3)
     assert len(records(tmp_path, "gated")) - (operation is load_and_unload and first == "policy") == 2
+
+
+@pytest.mark.parametrize("operation", EXACT)
+@pytest.mark.parametrize("first", ["policy", "host"])
+def test_merged_weights_act_as_if_the_host_had_merged_them_and_leave_its_own_alone(
+    first: str, operation: Operation, lora: Path, tmp_path: Path, audit_key: HmacKey
+) -> None:
+    pipe, base, merged = tiny_sd(), tiny_sd(), tiny_sd()
+    membrane = random_membrane(pipe, floor=1.0, size=0.15)
+    merge(merged, membrane)
+    for twin in (base, merged):
+        operation(twin, lora)
+    if first == "host":
+        operation(pipe, lora)
+    options: dict[str, Any] = {"membranes": [membrane], "extra": FIXED, "composition": "static"}
+    if first == "host" and operation in (group_offload, accelerate_hooks):  # a site's weight is where its hook puts it
+        with pytest.raises(UnsupportedBackendError, match="a hook that was installed before the policy"):
+            applied(pipe, tmp_path, audit_key, **options)
+        return
+    guard = applied(pipe, tmp_path, audit_key, **options)
+    images(pipe)
+    if first == "policy":
+        operation(pipe, lora)
+    found, wanted, plain = images(pipe), images(merged), images(base)
+    assert (wanted - plain).abs().amax(dim=(1, 2, 3)).min() > 0.01
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    guard.remove()
+    assert torch.equal(images(pipe), plain)
+
+
+def test_a_saved_pipeline_holds_the_base_model_with_merged_weights_too(tmp_path: Path, audit_key: HmacKey) -> None:
+    pipe = tiny_sd()
+    plain = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with applied(pipe, tmp_path, audit_key, extra=FIXED, composition="static"):
+        pipe.unet.save_pretrained(tmp_path / "unet")
+    from diffusers import UNet2DConditionModel
+
+    loaded: Any = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert all(torch.equal(value, plain[name]) for name, value in loaded.state_dict().items())
 
 
 def test_the_lora_of_these_tests_is_seen(lora: Path) -> None:
