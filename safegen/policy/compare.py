@@ -82,14 +82,14 @@ def _rules(old: Policy, new: Policy, milder: list[Looser]) -> Iterator[Differenc
         for name in ("concept", "category"):
             before, after = getattr(was, name), getattr(rule, name)
             if before != after:
-                lost = name == "concept" and any(one.field == "concept" and one.rule == index for one in milder)
+                lost = name == "concept" and any(one.left == rule.id for one in milder)
                 yield Difference(
                     f"rule {rule.id}", f"{name} {before} → {after}", "looser" if lost else "different", here
                 )
         yield from _settings(f"rule {rule.id}", rule_settings(old, number), rule_settings(new, index), new)
     for name, number in numbers.items():
         was = old.rules[number]
-        lost = any(one.field == "concept" and f"rule {name!r}" in one.message for one in milder)
+        lost = any(one.left == name for one in milder)
         text = f"is gone: {was.action} {was.concept}"
         yield Difference(f"rule {name}", text, "looser" if lost else "different", old.where(("rules", number)))
 

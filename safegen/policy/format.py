@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import YAMLError
 
-from safegen.errors import PolicySyntaxError, SafegenError
+from safegen.errors import SafegenError
 from safegen.policy.document import MAX_DEPTH, parse_document
 
 WIDTH = 120
 """Longest line that brackets may stand on."""
+_NULL = re.compile(r"~|null|Null|NULL|")
 _PASSES = MAX_DEPTH + 2  # brackets are opened from the outside in, one level a pass, until nothing changes
 
 
@@ -33,47 +36,73 @@ def formatted(text: str, source: str) -> str:
         PolicySyntaxError: Not YAML, or YAML that safegen refuses; all faults at once.
         SafegenError: The layout would lose or move a comment, change what the file says, or would not settle.
     """
-    said = parse_document(text, source).value
+    parse_document(text, source)
     before = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    comments = _comments(before)
+    written = _written(before)
     for _ in range(_PASSES):
         after = _laid_out(before)
-        if _comments(after) != comments:
+        if _kept(after) != written:  # opening brackets would misplace something: they stay as long as they are
             after = _laid_out(before, open_brackets=False)
         if after == before:
             break
         before = after
     else:
         raise SafegenError(f"{source}: the layout does not settle; leave this file as it is and report it")
-    if _comments(before) != comments:
-        lost = next((one for one in comments if one not in _comments(before)), comments[0])
-        raise SafegenError(
-            f"{source}: the comment {lost[1]!r} would be lost or moved; put it on a line of its own, outside of "
-            "brackets"
-        )
-    try:
-        same = repr(parse_document(before, source).value) == repr(said)
-    except PolicySyntaxError:
-        same = False
-    if not same:
+    _check(written, _kept(before) or _Written((), ()), source)
+    if repr(parse_document(before, source).value) != repr(parse_document(text, source).value):
         raise SafegenError(f"{source}: the layout would change what the file says; leave it as it is and report it")
     return before
 
 
-def _comments(text: str) -> list[tuple[int, str]]:
-    """Returns the comments of a YAML text, each with how many scalars stand before it."""
-    spans = [
-        (event.start_mark.index, event.end_mark.index)
-        for event in YAML(typ="safe", pure=True).parse(text)
-        if type(event).__name__ == "ScalarEvent"
-    ]
-    found: list[tuple[int, str]] = []
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a layout keeps: the scalars as they are spelled, the comments, and how many scalars stand before each."""
+
+    scalars: tuple[str, ...]
+    comments: tuple[tuple[int, str], ...]
+
+
+def _check(before: _Written, after: _Written, source: str) -> None:
+    if before.comments != after.comments:
+        lost = next((one for one in before.comments if one not in after.comments), before.comments[0])
+        raise SafegenError(
+            f"{source}: the comment {lost[1]!r} would be lost or moved; put it on a line of its own, outside of "
+            "brackets"
+        )
+    if before.scalars != after.scalars:
+        pairs = zip(before.scalars, after.scalars, strict=False)
+        old, new = next(((old, new) for old, new in pairs if old != new), ("", ""))
+        raise SafegenError(
+            f"{source}: {ascii(old)} would be written {ascii(new)}, which may hide what is in it; write out letters "
+            "that can be seen, and leave the rest of this file as it is"
+        )
+
+
+def _kept(text: str) -> _Written | None:
+    """Returns what a text that was just laid out holds; None where that is no YAML any more."""
+    try:
+        return _written(text)
+    except YAMLError:
+        return None
+
+
+def _written(text: str) -> _Written:
+    scalars: list[str] = []
+    comments: list[tuple[int, str]] = []
     done = 0
-    for number, (start, end) in enumerate([*spans, (len(text), len(text))]):
-        gap = text[done:start]
-        found += [(number, comment.rstrip()) for comment in re.findall(r"(?:^|(?<=\s))#.*", gap, flags=re.MULTILINE)]
-        done = max(done, end)
-    return found
+    events = [e for e in YAML(typ="safe", pure=True).parse(text) if type(e).__name__ == "ScalarEvent"]
+    for number, event in enumerate([*events, None]):
+        start = event.start_mark.index if event is not None else len(text)
+        gap = re.findall(r"(?:^|(?<=\s))#.*", text[done:start], flags=re.MULTILINE)
+        comments += [(number, comment.rstrip()) for comment in gap]
+        if event is not None:
+            done = max(done, event.end_mark.index)
+            spelling = text[start : event.end_mark.index]
+            block = event.style in ("|", ">")
+            scalars.append(
+                event.value if block else "null" if _NULL.fullmatch(spelling) else " ".join(spelling.split())
+            )
+    return _Written(tuple(scalars), tuple(comments))
 
 
 def _laid_out(text: str, *, open_brackets: bool = True) -> str:

@@ -183,8 +183,7 @@ class _Reader:
         for one in looser(base, policy, self._catalogue):
             by = policy.exceptions[one.exception] if one.exception is not None else self._speaker(policy, one)
             if by.override:
-                why = by.reason
-                overrides.append(f"{policy.where(one.loc)}: {one.message}; overridden: {why}")
+                overrides.append(f"{policy.where(one.loc)}: {one.message}; overridden: {by.reason}")
                 continue
             text = f"{one.message}; what extends a policy is at least as strict: correct it, or state override: true"
             with_reason = "" if one.exception is not None else " and a reason"

@@ -36,6 +36,7 @@ class Looser:
         rule: Index of the looser policy's rule that it is about; None for settings of the whole policy.
         message: What is looser, in words.
         exception: Index of the looser policy's exception that it is about.
+        left: Id of the stricter policy's rule whose concepts no rule takes any more.
     """
 
     field: str
@@ -43,6 +44,7 @@ class Looser:
     rule: int | None
     message: str
     exception: int | None = None
+    left: str | None = None
 
 
 def as_strict(field: str, old: Any, new: Any) -> bool:
@@ -99,7 +101,8 @@ def _rules(old: Policy, new: Policy, catalogue: Catalogue) -> Iterator[Looser]:
         if index is None:
             number = numbers.get(rule.id)
             loc: Loc = ("rules",) if number is None else ("rules", number, "concept")
-            yield Looser("concept", loc, number, f"no rule takes {rule.concept!r} any more, as rule {rule.id!r} did")
+            message = f"no rule takes {rule.concept!r} any more, as rule {rule.id!r} did"
+            yield Looser("concept", loc, number, message, left=rule.id)
             continue
         if (one.index, index) in compared:
             continue

@@ -45,6 +45,20 @@ def test_spaces_and_indentation_are_laid_out_anew_and_nothing_else() -> None:
     assert formatted("\ufeff" + UNTIDY.replace("\n", "\r\n"), "p.yaml") == TIDY
 
 
+@pytest.mark.parametrize(
+    "scalar",
+    ["2027-03-31", "010", "1_000", "0x1F", "1e3", ".5", "-0.0", "12:30:45", "'a''b'", '"é"', "1.10", "猫"],
+)
+def test_scalars_stay_as_they_are_written(scalar: str) -> None:
+    text = f"a: {scalar}\nb:\n  - {scalar} # why\n"
+    assert formatted(text, "p.yaml") == text
+
+
+def test_an_escape_is_not_turned_into_a_letter_that_cannot_be_seen() -> None:
+    with pytest.raises(SafegenError, match="would be written .* which may hide what is in it"):
+        formatted('a: "a\\u200bb"\n', "p.yaml")
+
+
 def test_brackets_that_do_not_fit_are_opened_from_the_outside() -> None:
     names = [f"name-{k:02}" for k in range(16)]
     text = f"a: [{', '.join(names)}] # why\n\nb: [{{x: [{', '.join(names)}], y: 1}}]\nc: [{', '.join(names[:3])}]\n"

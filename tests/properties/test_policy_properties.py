@@ -100,7 +100,7 @@ def digest(policy: Policy) -> str:
     return resolve(policy, CATALOGUE, available={"explicit-0"}, now=NOW).digest
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(policies, policies, policies)
 def test_what_is_nowhere_looser_stays_so(first: Policy, second: Policy, third: Policy) -> None:
     assert not looser(first, first, CATALOGUE)
@@ -203,7 +203,7 @@ def written(draw: st.DrawFn) -> tuple[str, list[str]]:
     return end.join(lines) + end * draw(st.integers(0, 3)), said
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(written())
 def test_layout_is_idempotent_and_keeps_what_is_said(sample: tuple[str, list[str]]) -> None:
     text, said = sample
