@@ -30,6 +30,7 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/transport.py
+	$(BIN)/python benchmarks/audit_log.py
 
 schema: $(VENV)/installed-dev
 	$(BIN)/python -c 'import json; from safegen.audit.schema import json_schema as schema; \
