@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from safegen.backend.merging import Merged
+from safegen.backend.merging import Checksum, Merged
 from safegen.backend.standin import StandIn
 from safegen.errors import AttestationError, CoverageError
 from safegen.membrane.delta import Rows, Site, Sizes, Stack, add_delta, delta_norms, merged_weight, stack
@@ -255,7 +255,8 @@ class SiteAttachment(StandIn):
         """Runs the site: the base module, then the open membranes' sum."""
         if not self._active:
             return self._base(x, *args, **kwargs)
-        y = self._base(x, *args, **kwargs) if self.merged is None else self.merged(x)
+        merged = self.merged
+        y = self._base(x, *args, **kwargs) if merged is None else merged(x)
         if torch.compiler.is_compiling():
             torch.ops.safegen.open_site(y, x, self.number)
             return y
@@ -299,11 +300,11 @@ class SiteAttachment(StandIn):
             opening.effects.append(self._measured(opening, x, y, stacked, choice, rows))
         return add_delta(self.module, x, y, stacked, choice.sizes, rows)
 
-    def merge(self, sizes: Tensor, made_of: tuple[torch.dtype, int]) -> None:
+    def merge(self, sizes: Tensor, made_of: Checksum) -> Merged:
         """Merges γ·s of each membrane, [membranes], into a copy of the module's weight, whose checksum is `made_of`."""
         here = [(float(sizes[index]) * scale, rank) for index, rank, scale in self.carried.parts]
         spread = torch.tensor([size for size, rank in here for _ in range(rank)])
-        self.merged = Merged(self.module, *merged_weight(self.module.weight, self._stack, spread), made_of)
+        return Merged(self.module, *merged_weight(self.module.weight, self._stack, spread), made_of)
 
     @property
     def over_hook(self) -> bool:

@@ -8,7 +8,7 @@ meets exactly what it would meet without a policy (docs/decisions/0013).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ from safegen.membrane.delta import Site, run_with
 
 if TYPE_CHECKING:
     from safegen.backend.attachment import SiteAttachment
+
+Checksum = tuple[torch.dtype, int]
+"""What tells a weight from others."""
 
 _LEAST_KEPT = 0.9  # of the membranes' change; below it a number format is too coarse for them
 
@@ -40,7 +43,7 @@ class Merged:
     weight: Tensor
     asked: float
     kept: float
-    made_of: tuple[torch.dtype, int]
+    made_of: Checksum
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs the site with the merged weight, which follows the input's device and dtype."""
@@ -67,9 +70,7 @@ def merge(sites: Collection[SiteAttachment], sizes: Tensor) -> None:
     """
     for site in sites:
         _refuse_other_forward(site)
-    for site, made_of in zip(sites, checksums([site.module.weight for site in sites]), strict=True):
-        site.merge(sizes, made_of)
-    _refuse_loss(sites)
+    _put({site: site.merge(sizes, one) for site, one in _made_of(sites)}, sites)
 
 
 def renew(sites: Collection[SiteAttachment], sizes: Tensor) -> None:
@@ -79,17 +80,23 @@ def renew(sites: Collection[SiteAttachment], sizes: Tensor) -> None:
         AttestationError: The weights' number format is too coarse for the membranes.
     """
     held = [site for site in sites if not site.module.weight.is_meta]  # an offloading hook keeps the others elsewhere
-    now = checksums([site.module.weight for site in held])
-    changed = [
-        (site, one) for site, one in zip(held, now, strict=True) if site.merged is None or site.merged.made_of != one
-    ]
-    for site, made_of in changed:
-        site.merge(sizes, made_of)
+    changed = [(site, one) for site, one in _made_of(held) if site.merged is None or site.merged.made_of != one]
     if changed:
-        _refuse_loss(sites)
+        _put({site: site.merge(sizes, one) for site, one in changed}, sites)
 
 
-def checksums(weights: Sequence[Tensor]) -> list[tuple[torch.dtype, int]]:
+def _made_of(sites: Collection[SiteAttachment]) -> list[tuple[SiteAttachment, Checksum]]:
+    return list(zip(sites, checksums([site.module.weight for site in sites]), strict=True))
+
+
+def _put(new: Mapping[SiteAttachment, Merged], sites: Collection[SiteAttachment]) -> None:
+    """Puts merged weights in place, all or, where they do not hold the membranes, none of them."""
+    _refuse_loss([merged for site in sites if (merged := new.get(site, site.merged)) is not None])
+    for site, merged in new.items():
+        site.merged = merged
+
+
+def checksums(weights: Sequence[Tensor]) -> list[Checksum]:
     """Returns the dtype of each weight and the sum of its bytes, read as whole numbers: a change of any value shows."""
     found = [_sum_of_bits(weight.detach()) for weight in weights]
     values = torch.stack([one.to(found[0].device) for one in found]).tolist() if found else []
@@ -116,11 +123,10 @@ def _refuse_other_forward(site: SiteAttachment) -> None:
         )
 
 
-def _refuse_loss(sites: Collection[SiteAttachment]) -> None:
-    asked = sum(site.merged.asked for site in sites if site.merged is not None)
-    kept = sum(site.merged.kept for site in sites if site.merged is not None)
+def _refuse_loss(found: Collection[Merged]) -> None:
+    asked, kept = sum(merged.asked for merged in found), sum(merged.kept for merged in found)
     if not (math.isfinite(kept) and kept >= _LEAST_KEPT * asked):
-        dtypes = ", ".join(sorted({str(s.merged.weight.dtype)[6:] for s in sites if s.merged is not None}))
+        dtypes = ", ".join(sorted({str(merged.weight.dtype)[6:] for merged in found}))
         raise AttestationError(
             f"merged into weights of {dtypes}, {kept / asked:.0%} of what the membranes change would be kept; expected "
             f'at least {_LEAST_KEPT:.0%}. Apply the policy with composition="runtime", which adds to outputs instead.'
