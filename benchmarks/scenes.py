@@ -186,29 +186,64 @@ def mean(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(base: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Returns what is left of the base model's own rates; NaN where the base model drew nothing of the kind."""
+    """Returns what became of the base model's own rates.
 
-    def left(key: str) -> float:
-        return after[key] / base[key] if base[key] else float("nan")
+    Where the base model's rate is 0 nothing can be shown: that counts as not gone, and as not kept.
+    """
+
+    def left(key: str, unknown: float) -> float:
+        return after[key] / base[key] if base[key] else unknown
 
     return {
-        "erased object gone": 1 - left("erased object seen"),
-        f"gone, first {LIKELY}": 1 - left(f"erased object among the first {LIKELY}"),
-        "other object kept": left("other object seen"),
-        f"kept, first {LIKELY}": left(f"other object among the first {LIKELY}"),
+        "erased object gone": 1 - left("erased object seen", 1.0),
+        f"gone, first {LIKELY}": 1 - left(f"erased object among the first {LIKELY}", 1.0),
+        "other object kept": left("other object seen", 0.0),
+        f"kept, first {LIKELY}": left(f"other object among the first {LIKELY}", 0.0),
         "alone, judged as the target": after["alone, judged as the target"],
     }
 
 
-def table(title: str, base: dict[str, float], after: dict[str, dict[str, float]]) -> Table:
-    """Returns the variants side by side."""
-    found = {name: ratios(base, one) for name, one in after.items()}
+def table(title: str, seen_by: dict[str, dict[str, float]]) -> Table:
+    """Returns the variants side by side, as ratios to `base`."""
+    found = {name: ratios(seen_by["base"], one) for name, one in seen_by.items() if name != "base"}
     result = Table(title=title)
     for heading in ("", *next(iter(found.values()))):
         result.add_column(heading)
     for name, one in found.items():
         result.add_row(name, *(f"{value:.1%}" for value in one.values()))
     return result
+
+
+def floors_of(shown: dict[str, float]) -> list[Floor]:
+    """Returns what is demanded of `plain`, from its ratios over all concepts."""
+    return [
+        Floor.at_least("plain: erased object gone", shown["erased object gone"], 0.9),
+        Floor.at_least("plain: other object kept, of its base rate", shown["other object kept"], 0.85),
+        Floor.at_most("plain: alone, judged as the target", shown["alone, judged as the target"], 0.1),
+    ]
+
+
+def measure(concepts: Sequence[str], variants: Sequence[str], count: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns the shares that were seen, by concept and by variant; the variant `base` is the model alone."""
+    pipe, judge = mini.load(), mini.load_judge()
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for concept in concepts:
+        bench = Bench(pipe, judge, concept, count)
+        found[concept] = {"base": bench.under(None)} | {name: bench.under(VARIANTS[name]) for name in variants}
+        console.print(table(concept, found[concept]))
+    return found
+
+
+def known(given: Sequence[str] | None, allowed: Sequence[str], option: str) -> tuple[str, ...]:
+    """Returns what was chosen of an option's values; all by default.
+
+    Raises:
+        typer.BadParameter: One is not among them.
+    """
+    for name in given or ():
+        if name not in allowed:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(allowed)}", param_hint=option)
+    return tuple(given or allowed)
 
 
 def main(
@@ -218,27 +253,13 @@ def main(
     variant: Annotated[list[str] | None, typer.Option(help="Variants beside plain; all by default.")] = None,
 ) -> None:
     """Measures what is left of both objects when one is erased, for each place where its membrane can act."""
-    concepts = concept or [name for name in zoo.CONCEPTS if isinstance(zoo.find(name), Object)]
-    chosen = {name: VARIANTS[name] for name in dict.fromkeys(("plain", *(variant or VARIANTS)))}
-    pipe, judge = mini.load(), mini.load_judge()
-    base: dict[str, dict[str, float]] = {}
-    after: dict[str, dict[str, dict[str, float]]] = {name: {} for name in chosen}
-    for one in concepts:
-        bench = Bench(pipe, judge, one, count)
-        base[one] = bench.under(None)
-        for name, where in chosen.items():
-            after[name][one] = bench.under(where)
-        console.print(table(one, base[one], {name: after[name][one] for name in chosen}))
-    overall = mean(list(base.values()))
-    averages = {name: mean(list(found.values())) for name, found in after.items()}
-    if len(concepts) > 1:
-        console.print(table("all", overall, averages))
-    shown = ratios(overall, averages["plain"])
-    floors = [
-        Floor.at_least("plain: erased object gone", shown["erased object gone"], 0.9),
-        Floor.at_least("plain: other object kept, of its base rate", shown["other object kept"], 0.85),
-        Floor.at_most("plain: alone, judged as the target", shown["alone, judged as the target"], 0.1),
-    ]
+    objects = [name for name in zoo.CONCEPTS if isinstance(zoo.find(name), Object)]
+    variants = tuple(dict.fromkeys(("plain", *known(variant, tuple(VARIANTS), "--variant"))))
+    found = measure(known(concept, objects, "--concept"), variants, count)
+    overall = {name: mean([one[name] for one in found.values()]) for name in ("base", *variants)}
+    if len(found) > 1:
+        console.print(table("all", overall))
+    floors = floors_of(ratios(overall["base"], overall["plain"]))
     report = {
         "benchmark": "Scenes of two objects",
         "command": shlex.join(["python", "benchmarks/scenes.py", *sys.argv[1:]]),
@@ -247,12 +268,11 @@ def main(
         "scenes_per_concept": count,
         "threads": torch.get_num_threads(),
         "results": {
-            f"{one}/{name}: {figure}": {"before": base[one][figure], "after": found[one][figure]}
-            for one in concepts
-            for name, found in after.items()
-            for figure in base[one]
+            f"{name}: {figure}": {"before": before, "after": overall[name][figure]}
+            for name in variants
+            for figure, before in overall["base"].items()
         },
-        "ratios": {name: ratios(overall, found) for name, found in averages.items()},
+        "by_concept": found,
         "floors": [vars(floor) for floor in floors],
     }
     if as_json:
