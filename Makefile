@@ -30,6 +30,7 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/transport.py
+	$(BIN)/python benchmarks/scenes.py
 
 # Measures anew what docs/results.md states, and writes it whether or not a floor is missed; forty minutes.
 results: $(VENV)/installed-dev
