@@ -41,9 +41,8 @@ from safegen.mini.examine import BATCH, draw_images
 from safegen.mini.judge import Judge
 from safegen.resources import shipped
 
-LIKELY = (
-    5  # the model draws two objects weakly: whether a name is among the judge's first five tells more than the first
-)
+# The model draws two objects weakly: the judge's first five names for a picture tell more than its first alone.
+LIKELY = 5
 _ON_TEXT = (".attn2.to_k", ".attn2.to_v")
 
 
@@ -65,9 +64,9 @@ class Variant:
 
 VARIANTS = {
     "plain": Variant(),
-    "plain, half as strong": Variant(strength=0.5),
+    "plain, strength 1.5": Variant(strength=1.5),
     "tokens": Variant("named"),
-    "tokens, twice as strong": Variant("named", strength=2.0),
+    "tokens, strength 1.5": Variant("named", strength=1.5),  # a mask weakens a membrane; this makes up for it
     "tokens and end": Variant("named and end"),
     "tokens and end, other sites closed": Variant("named and end", elsewhere=False),
 }
@@ -79,7 +78,8 @@ def positions(backend: Backend, prompt: str, concept: str, variant: Variant) -> 
     if variant.tokens == "all":
         return torch.ones(length)
     entry = zoo.find(concept)
-    names = (entry.name, *entry.synonyms) if isinstance(entry, Object) else (entry.name,)
+    assert isinstance(entry, Object)
+    names = (entry.name, *entry.synonyms)
     spans = [(k, k + len(name)) for name in names if (k := prompt.find(name)) >= 0]
     if not spans:
         raise ValueError(f"{prompt!r} names no {entry.name!r}")
