@@ -170,13 +170,13 @@ class Bench:
         self._pipe, self._judge = pipe, judge
         self.concept = concept
         self._membrane = read_membrane(shipped("membranes") / "mini" / concept / MEMBRANE_FILE)
-        self._asked = scenes(concept, count, seed=3)
-        self._alone = [case.prompt for case in cases(pipe, concept, "target", -(-count // 4), seed=3)]
+        self._asked = scenes(concept, count, seed=2)
+        self._alone = [case.prompt for case in cases(pipe, concept, "target", -(-count // 2), seed=5)]
 
     def under(self, variant: Variant | None) -> dict[str, float]:
         """Draws and judges everything for one variant; None for the base model."""
-        images = draw(self._pipe, self._membrane, variant, [scene.prompt for scene in self._asked], seed=110_000)
-        alone = draw(self._pipe, self._membrane, variant, self._alone, seed=120_000)
+        images = draw(self._pipe, self._membrane, variant, [scene.prompt for scene in self._asked], seed=80_000)
+        alone = draw(self._pipe, self._membrane, variant, self._alone, seed=60_000)
         return figures(self._judge, self._asked, images, alone)
 
 
@@ -248,7 +248,7 @@ def known(given: Sequence[str] | None, allowed: Sequence[str], option: str) -> t
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    count: Annotated[int, typer.Option("--scenes", min=1, help="Scenes per concept; a quarter as many alone.")] = 100,
+    count: Annotated[int, typer.Option("--scenes", min=1, help="Scenes per concept; half as many alone.")] = 100,
     concept: Annotated[list[str] | None, typer.Option(help="Objects; all shipped ones by default.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Variants beside plain; all by default.")] = None,
 ) -> None:
