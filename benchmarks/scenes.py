@@ -168,7 +168,6 @@ class Bench:
 
     def __init__(self, pipe: Any, judge: Judge, concept: str, count: int) -> None:
         self._pipe, self._judge = pipe, judge
-        self.concept = concept
         self._membrane = read_membrane(shipped("membranes") / "mini" / concept / MEMBRANE_FILE)
         self._asked = scenes(concept, count, seed=2)
         self._alone = [case.prompt for case in cases(pipe, concept, "target", -(-count // 2), seed=5)]
