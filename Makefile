@@ -31,6 +31,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/transport.py
 	$(BIN)/python benchmarks/audit_log.py
+	$(BIN)/python benchmarks/scenes.py
 
 schema: $(VENV)/installed-dev
 	$(BIN)/python -c 'import json; from safegen.audit.schema import json_schema as schema; \
