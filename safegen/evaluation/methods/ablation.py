@@ -1,9 +1,9 @@
 """Concept ablation, model-based (arXiv 2303.13516): the target's prompts come to mean an anchor concept.
 
-    L = ‖sg[ε_θ(x_t, c, t)] - ε_θ(x_t, c*, t)‖² + λ ‖ε_θ(x_t, c, t) - ε‖²                     (Eq. 5 and its regulariser)
+    L = ‖sg[ε_θ(x_t, c, t)] - ε_θ(x_t, c*, t)‖² + λ ‖ε_θ(x_t, c, t) - ε‖²        (model-based, with its regulariser)
 
-c is a prompt of the anchor concept, c* the same prompt of the target, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε with x_0 drawn by the model
-for c; sg stops the gradient. Trained are the keys and values of the cross-attention.
+c is a prompt of the anchor concept, c* the same prompt of the target, x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε with x_0 drawn by the
+model for c; sg stops the gradient. Trained are the keys and values of the cross-attention.
 """
 
 from __future__ import annotations

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor
 
 from safegen.errors import UsageError
 
 Kind = Literal["none", "adapter", "weights", "inference", "gate"]
-"""How a method acts. `adapter`: factors beside the weights, here fully open (γ = 1) for every prompt; `weights`: changed
-weights; `inference`: another guidance for every prompt; `gate`: it only looks at the prompt's words."""
+"""How a method acts. `adapter`: factors beside the weights, here fully open (γ = 1) for every prompt; `weights`: it
+changes weights; `inference`: another guidance for every prompt; `gate`: it only looks at the prompt's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +95,17 @@ class Eraser(Protocol):
 
 
 class Method(Protocol):
-    """One erasing method with its settings; a frozen dataclass."""
+    """One erasing method with its settings; a frozen dataclass.
 
-    @property
-    def name(self) -> str:
-        """Its name in the registry and in every table."""
-        ...
+    Attributes:
+        name: Its name in the registry and in every table.
+        kind: How it acts.
+        several: How it takes several targets at once.
+    """
 
-    @property
-    def kind(self) -> Kind:
-        """How it acts."""
-        ...
-
-    @property
-    def several(self) -> str:
-        """How it takes several targets at once."""
-        ...
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    several: ClassVar[str]
 
     def scaled(self, effort: float) -> Self:
         """Returns the same method with its iterations multiplied; itself where it has none."""

@@ -24,7 +24,7 @@ class Cost:
     Attributes:
         seconds: Wall-clock time.
         cpu_seconds: Time of all this process's threads, which other processes do not stretch.
-        peak_mb: Most memory of the process above that from before, in MB (10⁶ bytes), looked at every five milliseconds.
+        peak_mb: Most memory of the process above that from before, in MB (10⁶ bytes), looked at every 5 ms.
         stored: Bytes that have to be kept to erase again.
     """
 

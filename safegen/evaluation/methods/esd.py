@@ -2,8 +2,9 @@
 
     ε_θ(x_t, c, t) ← ε_θ*(x_t, t) - η [ε_θ*(x_t, c, t) - ε_θ*(x_t, t)]                     (Eq. 7)
 
-θ* is the frozen model, ε(x_t, t) its prediction for the empty prompt (or for the target's surrogate), and x_t comes from
-trajectories of the model being trained, denoised for c with guidance. ESD-x trains the cross-attention, ESD-u the rest.
+θ* is the frozen model, ε(x_t, t) its prediction for the empty prompt (or for the target's surrogate), and x_t comes
+from trajectories of the model being trained, denoised for c with guidance. ESD-x trains the cross-attention, ESD-u the
+rest.
 """
 
 from __future__ import annotations

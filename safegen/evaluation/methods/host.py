@@ -1,4 +1,4 @@
-"""What training methods need of a host: encoded prompts, noisy latents along a trajectory, and weights that stay put."""
+"""What training methods need of a host: encoded prompts, noisy latents along a trajectory, weights that stay put."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def denoise(
 class Supply:
     """Noisy latents of prompts along their own trajectories, drawn anew every `reuse` iterations.
 
-    The published codes denoise for every single iteration; sharing trajectories gives a method the same `E_{x_t, t}` for
-    a fraction of the time.
+    The published codes denoise for every single iteration; sharing trajectories gives a method the same `E_{x_t, t}`
+    for a fraction of the time.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
     L = ‖ε_LoRA(x_t, c_tar) - [ε(x_t, c_neutral) - g (ε(x_t, c_tar) - ε(x_t, c_neutral))]‖²
 
-It is SPM's Eq. 4 without anchoring (Eq. 7) and of a higher rank; LECO has a code and no paper. The neutral prompt is the
-target's surrogate. x_t is queried at the timestep that it belongs to (the code has the same slip as SPM's).
+It is SPM's Eq. 4 without anchoring (Eq. 7) and of a higher rank; LECO has a code and no paper. The neutral prompt is
+the target's surrogate. x_t is queried at the timestep that it belongs to (the code has the same slip as SPM's).
 """
 
 from __future__ import annotations

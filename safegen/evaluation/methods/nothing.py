@@ -17,7 +17,11 @@ class Nothing:
     name: ClassVar[str] = "base"
     kind: ClassVar[Kind] = "none"
     several: ClassVar[str] = "nothing to compose"
-    stored: ClassVar[int] = 0
+
+    @property
+    def stored(self) -> int:
+        """See `Eraser`."""
+        return 0
 
     def scaled(self, effort: float) -> Self:
         """See `Method`."""

@@ -1,6 +1,6 @@
 """safegen: the shipped recipe, through its public surface (`safegen.training`); see docs/reference/training.md.
 
-    L = L_era + λ L_anc                                            (SPM Eq. 8, anchors drawn towards the target's neighbours)
+It is SPM's Eq. 8, `L = L_era + λ L_anc`, with anchors drawn towards the target's neighbours (docs/decisions/0005).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     ν_{t+1} = β_m ν_t + (1 - β_m) γ_t                                                             (Eq. 8)
 
 γ_t acts from step δ on; ν gathers before. The paper prints max(1, |φ|) in Eq. 6; the code takes the smaller, as here.
-The denoiser answers the pipeline's guided call with ε(c) - γ_t in place of ε(c), which makes Eq. 3 of the pipeline's own
-guidance: any scheduler works.
+The denoiser answers the pipeline's guided call with ε(c) - γ_t in place of ε(c), which makes Eq. 3 of the pipeline's
+own guidance: any scheduler works.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class SafeGuidance:
     method: Sld
     unsafe: Tensor
 
-    stored: ClassVar[int] = 0
+    @property
+    def stored(self) -> int:
+        """See `Eraser`: nothing but the names."""
+        return 0
 
     @contextmanager
     def on(self, pipe: Any) -> Generator[Drawer]:

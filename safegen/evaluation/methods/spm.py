@@ -1,4 +1,4 @@
-"""SPM (arXiv 2312.16145), as its paper states it and as its code was released: two methods that differ where it is said.
+"""SPM (arXiv 2312.16145), as its paper states it and as its code was released: they differ exactly where it is said.
 
     L_era = ‖ε_M(x_t, c_tar) - ε(x_t, c_sur) + η (ε(x_t, c_tar) - ε(x_t, c_sur))‖²        (Eq. 4)
     P(c | c_tar) ∝ (1 - |cos(c, c_tar)|)^α                                               (Eq. 6)
@@ -80,7 +80,7 @@ class SpmPublished:
         return tuple(membranes)
 
     def query(self, scheduler: Any, taken: int) -> Tensor:
-        """Returns the timestep at which x_t is queried after `taken` of `steps` sampler steps: the one it belongs to."""
+        """Returns the timestep at which x_t is queried after `taken` of `steps` sampler steps: its own."""
         scheduler.set_timesteps(self.steps)
         return scheduler.timesteps[taken]
 

@@ -2,9 +2,9 @@
 
     min_W Σ_{c_i ∈ E} ‖W c_i - W_old c*_i‖² + s Σ_{c_j ∈ P} ‖W c_j - W_old c_j‖² + λ ‖W - W_old‖²
 
-    W = W_old (Σ_E c*_i c_iᵀ + s Σ_P c_j c_jᵀ + λ I) (Σ_E c_i c_iᵀ + s Σ_P c_j c_jᵀ + λ I)⁻¹                     (Eq. 7)
+    W = W_old (Σ_E c*_i c_iᵀ + s Σ_P c_j c_jᵀ + λ I) (Σ_E c_i c_iᵀ + s Σ_P c_j c_jᵀ + λ I)⁻¹      (Eq. 7)
 
-c are token embeddings: of the prompts that name a target from its last token on, paired with what the prompt should mean
+c are token embeddings: of a prompt that names a target from its last token on, paired with those of what it should mean
 from its own last token on; of the captions to keep, all of them. The paper has λ = 0 and s = 1; its code has both.
 """
 

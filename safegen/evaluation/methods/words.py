@@ -36,7 +36,10 @@ class Negative:
 
     text: str
 
-    stored: ClassVar[int] = 0
+    @property
+    def stored(self) -> int:
+        """See `Eraser`: nothing but the names."""
+        return 0
 
     @contextmanager
     def on(self, pipe: Any) -> Generator[Drawer]:
@@ -74,11 +77,14 @@ class Blocked:
 
     matcher: PhraseMatcher
 
-    stored: ClassVar[int] = 0
+    @property
+    def stored(self) -> int:
+        """See `Eraser`: nothing but the names."""
+        return 0
 
     @contextmanager
     def on(self, pipe: Any) -> Generator[Drawer]:
-        """See `Eraser`. Blocked prompts are drawn all the same: in another batch the others might change in a last bit."""
+        """See `Eraser`. Blocked prompts are drawn all the same: in another batch others might change in a last bit."""
 
         def draw(prompt: list[str], **settings: Any) -> Any:
             result = pipe(prompt, **settings)
