@@ -146,11 +146,9 @@ def results(found: Sequence[Line]) -> dict[str, Any]:
     for line in found:
         label = f"{line.method}, {line.targets} at once" if line.targets > 1 else line.method
         flat[f"{label}: target seen"] = {"before": line.before.value, "after": line.target.value}
-        for group, share, lost in (
-            ("neighbours", line.neighbour, line.lost[0]),
-            ("others", line.unrelated, line.lost[1]),
-        ):
-            flat[f"{label}: {group}"] = {"before": share.value + lost, "after": share.value}
+        groups = ("neighbours", line.neighbour), ("others", line.unrelated)
+        for (group, after), lost in zip(groups, line.lost, strict=True):
+            flat[f"{label}: {group}"] = {"before": after.value + lost, "after": after.value}
         flat[f"{label}: drift of non-targets"] = line.drift
     return flat
 
