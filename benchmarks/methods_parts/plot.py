@@ -13,10 +13,13 @@ from methods_parts.summary import Line
 # Okabe and Ito's palette, which people with any kind of colour blindness tell apart; shapes differ as well.
 _COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000")
 _SHAPES = "osD^vP*X<>hd"
+_NOTES = {"inference": " (while drawing)", "gate": " (words only)"}
 
 
 def draw(lines: Sequence[Line], path: Path, *, title: str) -> None:
     """Writes the plot: share of targets no longer seen against mean accuracy on everything else.
+
+    Bars are 95 % Wilson intervals; upright, the mean of those of the two accuracies. Hollow marks act while drawing.
 
     Args:
         lines: One per method; all erased as many targets at once.
@@ -33,7 +36,7 @@ def draw(lines: Sequence[Line], path: Path, *, title: str) -> None:
             ]  # what is erased is 1 - seen, so that the ends change places
             below = line.kept - (line.neighbour.low + line.unrelated.low) / 2
             above = (line.neighbour.high + line.unrelated.high) / 2 - line.kept
-            hollow = line.kind in ("inference", "gate")
+            hollow = line.kind in _NOTES
             colour = _COLOURS[k % len(_COLOURS)]
             axes.errorbar(
                 100 * (1 - line.target.value),
@@ -45,10 +48,10 @@ def draw(lines: Sequence[Line], path: Path, *, title: str) -> None:
                 elinewidth=0.8,
                 linestyle="none",
                 marker=_SHAPES[k % len(_SHAPES)],
-                markersize=9,
+                markersize=13 - 0.6 * k,  # the later ones smaller, so that marks on one spot all show
                 markerfacecolor="white" if hollow else colour,
                 markeredgewidth=1.6,
-                label=f"{line.method}{' (while drawing)' if hollow else ''}",
+                label=f"{line.method}{_NOTES.get(line.kind, '')}",
             )
         axes.set_xlabel("targets no longer seen (%)  →  erases better")
         axes.set_ylabel("neighbours and others as asked, mean (%)  →  keeps better")
