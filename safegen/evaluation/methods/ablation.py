@@ -40,12 +40,12 @@ class ConceptAblation:
     kind: ClassVar[Kind] = "weights"
     several: ClassVar[str] = "joint: every row is of a target drawn at random"
 
-    iterations: int = 150
+    iterations: int = 60
     learning_rate: float = 3e-4
     regularising: float = 1.0
-    batch: int = 6
-    images: int = 64
-    steps: int = 25
+    batch: int = 4
+    images: int = 32
+    steps: int = 12
     guidance: float = 4.0
 
     def scaled(self, effort: float) -> Self:
