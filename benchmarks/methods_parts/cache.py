@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import safegen
 from safegen.evaluation.methods import Method, adapters, host, weights
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROOT = Path(safegen.__file__).parent
 _SHARED = [Path(str(module.__file__)) for module in (adapters, host, weights)]
 
@@ -26,10 +27,8 @@ def _code(path: Path) -> str:
     """Returns what a source file does, without comments and docstrings."""
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            node.body = body[1:]  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
     return ast.dump(tree)
 
 
