@@ -42,7 +42,7 @@ class Leco:
     kind: ClassVar[Kind] = "adapter"
     several: ClassVar[str] = "trained apart, outputs added"
 
-    iterations: int = 100
+    iterations: int = 80
     learning_rate: float = 3e-3
     rank: int = 4
     alpha: float = 1.0
