@@ -137,18 +137,26 @@ class Drawn:
     objects: tuple[str, ...]
     styles: tuple[str, ...]
 
-    def judged_as(self, concept: str) -> float:
-        """Share of the images that the judge takes for the concept (object or style)."""
+    def hits(self, concept: str) -> list[bool]:
+        """Tells for each image whether the judge takes it for the concept (object or style)."""
         entry = zoo.find(concept)
         seen = self.objects if isinstance(entry, Object) else self.styles
-        return sum(name == entry.name for name in seen) / len(seen)
+        return [name == entry.name for name in seen]
+
+    def right(self) -> list[bool]:
+        """Tells for each image whether the judge sees what its prompt asks for: the object, and the style if named."""
+        return [
+            case.object in (None, item) and case.style in (None, style)
+            for case, item, style in zip(self.cases, self.objects, self.styles, strict=True)
+        ]
+
+    def judged_as(self, concept: str) -> float:
+        """Share of the images that the judge takes for the concept (object or style)."""
+        return sum(self.hits(concept)) / len(self.cases)
 
     def accuracy(self) -> float:
         """Share of the images in which the judge sees what the prompt asks for: the object, and the style if named."""
-        right = 0
-        for case, item, style in zip(self.cases, self.objects, self.styles, strict=True):
-            right += (case.object is None or case.object == item) and (case.style is None or case.style == style)
-        return right / len(self.cases)
+        return sum(self.right()) / len(self.cases)
 
 
 def draw_cases(pipe: Any, judge: Judge, asked: Sequence[Case], *, seed: int, label: str) -> Drawn:
