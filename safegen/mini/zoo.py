@@ -34,12 +34,14 @@ class Plan:
         targets: Names to erase.
         templates: Prompts around the name, each with what remains of it.
         pool: Captions that anchors are drawn from.
+        neighbours: What is easily taken for the concept, named by hand: held in place in the concept's own prompts.
     """
 
     concept: str
     targets: tuple[str, ...]
     templates: tuple[tuple[str, str], ...]
     pool: tuple[str, ...]
+    neighbours: tuple[str, ...] = ()
 
 
 def find(concept: str) -> Object | Style:

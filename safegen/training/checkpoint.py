@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,16 @@ class Checkpoints:
             )
         return state
 
+    @property
+    def latest(self) -> int:
+        """Iterations that the last one has behind it; 0 where there is none."""
+        return max((int(path.stem.removeprefix("step-")) for path in self._found()), default=0)
+
     def clear(self) -> None:
         """Removes them all, once what they lead to is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # other runs' are in the same place
+            self.folder.parent.rmdir()
 
     def _found(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name))

@@ -25,7 +25,7 @@ from safegen.errors import TrainingError
 from safegen.membrane.weights import Factor, Membrane
 from safegen.training.adversary import adversarial_states
 from safegen.training.checkpoint import Checkpoints
-from safegen.training.config import IDENTITY, TrainConfig, run_digest
+from safegen.training.config import TrainConfig, run_digest
 from safegen.training.losses import anchoring_loss, effect, erasing_loss, erasing_target, total_loss
 from safegen.training.optimiser import Average, new_optimizer, rate_factor
 from safegen.training.student import Student
@@ -81,12 +81,10 @@ class Trainer:
         self.backend = backend
         self.configs = (config,) if isinstance(config, TrainConfig) else tuple(config)
         self.config = self.configs[0]  # what they agree in
-        if any(
-            c.model_dump(exclude=set(IDENTITY)) != self.config.model_dump(exclude=set(IDENTITY)) for c in self.configs
-        ):
+        if any(c.shared() != self.config.shared() for c in self.configs):
             raise TrainingError("the concepts of one run share all settings save for what is erased; start two runs")
         self.workers = workers or Workers.joined()
-        self._digest = run_digest(self.configs, pool, backend.sites.architecture)
+        self.digest = run_digest(self.configs, pool, backend.sites.architecture)
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self.student = Student(backend, self.configs, self._generator)
         self._optimizer = new_optimizer(self.config, self.student.every)
@@ -176,7 +174,7 @@ class Trainer:
         """
         drawn: Drawn | None = None
         start = 0
-        if checkpoints is not None and (state := checkpoints.load(self._digest)) is not None:
+        if checkpoints is not None and (state := checkpoints.load(self.digest)) is not None:
             start, drawn = self._restore(state)
         with self.student.attached():
             for i in range(start, self.config.iterations):
@@ -227,7 +225,7 @@ class Trainer:
     def _state(self, iteration: int, drawn: Drawn) -> dict[str, Any]:
         """Returns all that the next iterations depend on."""
         return {
-            "digest": self._digest,
+            "digest": self.digest,
             "iteration": iteration,
             "parameters": [p.detach() for p in self.student.every],
             "optimizer": self._optimizer.state_dict(),

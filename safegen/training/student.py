@@ -43,6 +43,11 @@ class Student:
         """The parameters of all concepts, in one list."""
         return [p for parameters in self.parameters for p in parameters]
 
+    def bytes(self) -> int:
+        """Returns the size of the denoiser, the text encoder and the membranes."""
+        parts = (*self.backend.denoiser.parameters(), *self.backend.text_encoder.parameters(), *self.every)
+        return sum(p.numel() * p.element_size() for p in parts)
+
     def _new_factors(self, generator: torch.Generator) -> dict[str, Factor]:
         """Up factors are 0, so that training starts at the base model; down factors are Kaiming uniform, a = √5."""
         factors: dict[str, Factor] = {}

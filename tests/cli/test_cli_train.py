@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_world import HEAD, Run, World, complaint
@@ -17,7 +17,7 @@ from safegen.errors import UsageError
 from safegen.membrane.file import read_membrane
 from safegen.membrane.weights import Membrane
 from safegen.mini import zoo
-from safegen.training.recipe import Progress, Trainer
+from safegen.training.recipe import Trainer
 from safegen.transport.calibration import parse
 
 QUICK = ["--iterations", "2", "--seed", "5", "--rank", "2", "--anchors", "paper", "--surrogate", "a mouse"]
@@ -84,14 +84,14 @@ def test_what_was_trained_is_kept_when_it_cannot_be_written_where_it_belongs(
     run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    trained = Trainer.run
+    trained = Trainer.run_all
 
-    def and_then_something_is_in_the_way(self: Trainer, on_step: Callable[[Progress], None]) -> Membrane:
-        membrane = trained(self, on_step)
+    def and_then_something_is_in_the_way(self: Trainer, *args: Any) -> tuple[Membrane, ...]:
+        membranes = trained(self, *args)
         out.write_text("mine", "utf-8")
-        return membrane
+        return membranes
 
-    monkeypatch.setattr(Trainer, "run", and_then_something_is_in_the_way)
+    monkeypatch.setattr(Trainer, "run_all", and_then_something_is_in_the_way)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = run("train", "--concept", "fox", "--model", world.pipeline, "--pool", pool, "--out", out, *QUICK)
     assert result.exit_code == 2

@@ -68,7 +68,9 @@ def test_only_the_membrane_changes(fail: bool) -> None:
     parts = (pipe.unet, pipe.text_encoder, pipe.vae)
     before = state_of(*parts)
     training = trainer(pipe)
-    fresh = {k: v.detach().clone() for k, v in tensors(training.student.membrane(0, training.student.factors[0])).items()}
+    fresh = {
+        k: v.detach().clone() for k, v in tensors(training.student.membrane(0, training.student.factors[0])).items()
+    }
     if fail:
         with pytest.raises(Stop):
             training.run(stop)
@@ -91,7 +93,9 @@ def test_a_fresh_membrane_changes_nothing_though_fully_open() -> None:
 
     base = predict()
     backend = backend_of(pipe)
-    injection = Injection(backend.denoiser, backend.sites, [training.student.membrane(0, training.student.factors[0])], backend.family)
+    injection = Injection(
+        backend.denoiser, backend.sites, [training.student.membrane(0, training.student.factors[0])], backend.family
+    )
     injection.attach(lambda _a, _k: Opening.of(torch.ones(2, 1), torch.ones(1)), lambda _: None)
     assert torch.equal(predict(), base)
     injection.detach()
@@ -170,7 +174,12 @@ def one_iteration(pipe: Any, **changes: Any) -> tuple[Seen, Seen, Progress]:
     seen = recorded(training)
     reports: list[Progress] = []
     counts: list[int] = []
-    training.run(lambda progress: (reports.append(progress), counts.append(len(seen))) and None)
+
+    def report(progress: Progress) -> None:
+        reports.append(progress)
+        counts.append(len(seen))
+
+    training.run(report)
     closed, opened = seen[counts[0] - 2 : counts[0]]
     return closed, opened, reports[0]
 
