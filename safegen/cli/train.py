@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Examples: safegen train --concept snowman --out my-membranes\n\n"
-    "safegen train membranes/recipes/sd1/van-gogh.yaml --dry-run\n\n"
+    "safegen train sd1/van-gogh --model ./my-pipeline --dry-run\n\n"
     "safegen train --concept van-gogh --model ./my-pipeline --pool captions.txt --iterations 1000"
 )
 
@@ -42,9 +42,13 @@ class Method(StrEnum):
     PAPER = "paper"
 
 
-RecipeFile = Annotated[
-    Path | None,
-    typer.Argument(metavar="[RECIPE]", help="Recipe (.yaml) that says what to erase and how.", show_default=False),
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="Recipe that says what to erase and how: a file, or a shipped one (sd1/van-gogh).",
+        show_default=False,
+    ),
 ]
 Concept = Annotated[
     str | None, typer.Option(help="Concept id of the catalogue: what is erased, where no recipe says it.")
@@ -101,7 +105,7 @@ Pool = Annotated[
 
 
 def train(
-    recipe: RecipeFile = None,
+    recipe: RecipeName = None,
     concept: Concept = None,
     target: Target = None,
     model: Model = None,

@@ -66,12 +66,12 @@ def run_of_options(
 
 
 def run_of_recipe(
-    file: Path, method: Method | None, model: str | None, revision: str | None, given: dict[str, Any]
+    name: str, method: Method | None, model: str | None, revision: str | None, given: dict[str, Any]
 ) -> Run:
     """Puts the run of a recipe together.
 
     Args:
-        file: The recipe.
+        name: The recipe: a path, or the name of a shipped one.
         method: In place of the recipe's own.
         model: In place of the recipe's own; then `revision` is its.
         revision: Pinned commit of a hub id.
@@ -81,8 +81,9 @@ def run_of_recipe(
         RecipeError: It cannot be read, or has faults.
         UsageError: Concepts or settings that cannot be used.
     """
-    from safegen.training.document import load_recipe
+    from safegen.training.document import find_recipe, load_recipe
 
+    file = find_recipe(name)
     recipe = load_recipe(file)
     host = model or recipe.model
     plans = [plan_of(erased, recipe.application, host) for erased in recipe.concepts]

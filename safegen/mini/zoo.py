@@ -12,9 +12,19 @@ from safegen.mini.catalogue import OBJECTS, STYLES, Object, Style, with_article
 from safegen.transport.phrasing import STYLE, THING, around
 
 CONCEPTS = ("ghost", "robot", "santa-claus", "popart", "blueprint", "bicycle")
+"""The concepts whose membranes ship."""
 
-# What a person might confuse with a shipped concept, or what looks alike; named by hand, since the text encoder knows
-# words and not looks. None is a shipped concept itself: where all membranes are installed, those are erased too.
+PLANNED = (
+    *CONCEPTS,
+    *("ogre", "goblin", "clown", "fairy", "dragon", "unicorn", "ninja", "princess", "t-rex"),
+    *("clay", "ink", "pixel"),
+    *("guitar", "castle", "pizza", "cat", "rocket", "rose"),
+)
+"""What `train_zoo` trains: 12 characters, 5 styles and 7 objects, the shipped ones first."""
+
+# What a person might confuse with a concept, or what looks alike; named by hand, since the text encoder knows words and
+# not looks. No object is planned itself: where all membranes are installed, those are erased too. (Of six styles, five
+# are planned, so that a style's look-alikes cannot keep to that.)
 ALIKE: dict[str, tuple[str, ...]] = {
     "ghost": ("skull", "snowman", "vampire", "zombie", "jack o lantern"),
     "robot": ("alien", "space invader", "astronaut", "superhero", "television"),
@@ -22,6 +32,24 @@ ALIKE: dict[str, tuple[str, ...]] = {
     "popart": ("noto", "clay", "ink", "pixel"),
     "blueprint": ("noto", "clay", "ink", "pixel"),
     "bicycle": ("motorcycle", "car", "bus", "locomotive", "sunglasses"),
+    "ogre": ("devil", "zombie", "genie", "alien", "vampire"),
+    "goblin": ("devil", "zombie", "alien", "vampire", "skull"),
+    "clown": ("genie", "jack o lantern", "superhero", "snowman", "mrs claus"),
+    "fairy": ("superhero", "butterfly", "genie", "mrs claus", "bee"),
+    "dragon": ("snake", "turtle", "frog", "fish", "devil"),
+    "unicorn": ("cow", "pig", "lion", "tiger", "rabbit"),
+    "ninja": ("superhero", "astronaut", "vampire", "wizard", "zombie"),
+    "princess": ("mrs claus", "superhero", "genie", "crown", "dress"),
+    "t-rex": ("turtle", "snake", "frog", "elephant", "flamingo"),
+    "clay": ("noto", "popart", "ink", "pixel"),
+    "ink": ("noto", "popart", "clay", "pixel"),
+    "pixel": ("noto", "popart", "clay", "ink"),
+    "guitar": ("drum", "key", "hammer", "pencil", "dagger"),
+    "castle": ("house", "mountain", "volcano", "gift", "crown"),
+    "pizza": ("hamburger", "cake", "watermelon", "strawberry", "doughnut"),
+    "cat": ("dog", "fox", "tiger", "lion", "panda"),
+    "rocket": ("airplane", "helicopter", "flying saucer", "pencil", "balloon"),
+    "rose": ("sunflower", "strawberry", "cherries", "tomato", "cactus"),
 }
 
 
@@ -81,7 +109,7 @@ def _object_plan(concept: str, item: Object) -> Plan:
     pool = [text for other in others for text in _object_captions(other, STYLES)]
     pool += [f"in the style of {style.name}" for style in STYLES] * 8
     pool += [f"{with_article(a.name)} and {with_article(b.name)}" for a, b in zip(others, others[37:], strict=False)]
-    return Plan(concept, (item.name, *item.synonyms), tuple(templates), tuple(pool))
+    return Plan(concept, (item.name, *item.synonyms), tuple(templates), tuple(pool), ALIKE.get(concept, ()))
 
 
 def _style_plan(concept: str, style: Style) -> Plan:
@@ -94,4 +122,4 @@ def _style_plan(concept: str, style: Style) -> Plan:
     others = [s for s in STYLES if s is not style]
     pool = [text for item in OBJECTS for text in _object_captions(item, others)]
     pool += [f"in the style of {other.name}" for other in others] * 20
-    return Plan(concept, (style.name,), tuple(templates), tuple(pool))
+    return Plan(concept, (style.name,), tuple(templates), tuple(pool), ALIKE.get(concept, ()))

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from safegen.errors import PolicyError, RecipeError
+from safegen.errors import PolicyError, RecipeError, did_you_mean
 from safegen.policy.document import read_document
 from safegen.policy.faults import in_document_order, validate
 from safegen.policy.schema import Kebab, Metadata, Strict
+from safegen.resources import shipped
 from safegen.training.config import Settings, Template
 from safegen.training.presets import Application, Family, Method, preset
 
@@ -74,6 +75,21 @@ class Recipe(Strict):
         stated = self.settings.model_dump(exclude_unset=True)
         over = {name: value for name, value in given.items() if value is not None}
         return {**preset(self.family, self.application, method or self.method), **stated, **over}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Finds a recipe: a path, or the name of one that travels with safegen ("sd1/van-gogh").
+
+    Raises:
+        RecipeError: Neither exists; the message suggests a shipped name.
+    """
+    path, folder = Path(name_or_path), shipped("membranes") / "recipes"
+    if path.is_file():
+        return path
+    names = [found.relative_to(folder).with_suffix("").as_posix() for found in sorted(folder.glob("*/*.yaml"))]
+    if name_or_path in names:
+        return folder / f"{name_or_path}.yaml"
+    raise RecipeError(f"{name_or_path}: neither a file nor a shipped recipe.{did_you_mean(name_or_path, names)}")
 
 
 def load_recipe(path: Path) -> Recipe:

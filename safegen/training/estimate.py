@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from safegen.training.recipe import Trainer
 
@@ -53,22 +58,48 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def peak_memory(action: Callable[[], object], device: torch.device) -> int:
-    """Returns the most bytes that an action had allocated at once, beyond what was allocated before it.
+    """Returns the most bytes of tensors that an action held at once, beyond what was held before it.
 
-    On the CPU it is read off the profiler's record of every allocation.
+    On CUDA as the allocator counts them; elsewhere those of every tensor that an operator returns, for as long as its
+    storage lives (what a kernel takes for itself meanwhile is not seen).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    with _Held() as held:
         action()
-    results: Any = profile.profiler
-    now = most = 0
-    for event in sorted(results.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return held.most
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of new storages, and takes them off when they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs an operator."""
+        tree_map_only(Tensor, lambda tensor: self._know(tensor, new=False), (args, kwargs))
+        found = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, lambda tensor: self._know(tensor, new=True), found)
+        return found
+
+    def _know(self, tensor: Tensor, *, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known[storage] = None
+        if new:
+            size = storage.nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size

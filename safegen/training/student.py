@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safegen.backend.base import Backend
 from safegen.backend.injection import Injection, Opening
 from safegen.backend.sites import file_key
 from safegen.membrane.weights import Factor, Membrane
 from safegen.training.config import TrainConfig
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # what diffusers sets on modules, and leaves there
 
 
 class Student:
@@ -113,6 +115,8 @@ class Student:
         denoiser: Any = self.backend.denoiser
         requires = {p: p.requires_grad for p in denoiser.parameters()}
         saving = self.config.checkpointing and not denoiser.is_gradient_checkpointing
+        modules: list[nn.Module] = list(denoiser.modules())
+        new = [module for module in modules if _CHECKPOINT not in module.__dict__] if saving else []
         self._injection.attach(self._open_now, lambda _: None)
         try:
             for p in requires:
@@ -123,6 +127,8 @@ class Student:
         finally:
             if saving:
                 denoiser.disable_gradient_checkpointing()
+                for module in new:
+                    module.__dict__.pop(_CHECKPOINT, None)
             for p, value in requires.items():
                 p.requires_grad_(value)
             self._injection.detach()

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"errors", "audit", "backend", "decision", "policy", "gatekeeper"},
     "run": {"errors", "backend", "gatekeeper", "record"},
     "guard": {"errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "record", "run"},
-    "training": {"errors", "backend", "membrane", "policy"},
+    "training": {"errors", "resources", "backend", "membrane", "policy"},
 }
 ABOVE = {"evaluation", "mini", "cli", "serving", "integrations", "__main__", "__init__"}  # nobody below imports them
 WITHOUT_TORCH = {"errors", "_version", "resources", "spans", "text", "prompts", "policy", "bundle", "audit"}

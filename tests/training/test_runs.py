@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,12 +169,8 @@ def test_what_was_named_by_hand_is_held_in_the_targets_own_prompts() -> None:
 
 
 def test_two_processes_do_what_one_does_with_the_doubled_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), str(Path(__file__).with_name("together.py")), str(tmp_path / "m")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [str(Path(__file__).with_name("together.py")), str(tmp_path / "m")]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=env, capture_output=True, text=True, check=False)
@@ -201,10 +196,9 @@ def velocity(pipe: Any) -> Any:
 def test_models_that_predict_something_else_are_trained_alike(kind: Callable[[Any], Any]) -> None:
     pipe = tiny_sd()
     pipe.scheduler = kind(pipe)
-    losses: list[float] = []
-    changes = {"iterations": 30, "learning_rate": 0.02, "rank": 4, "eta": 0.0, "batch": 8, "reuse": 8}
-    trainer(pipe, config(**changes)).run(lambda now: losses.append(now.erasing))
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    changes = {"iterations": 24, "learning_rate": 0.02, "rank": 4, "eta": 0.0, "batch": 8, "anchoring": 0.0, "reuse": 6}
+    membrane = trainer(pipe, config(**changes)).run()
+    assert 0.3 < float(membrane.metadata["safegen.training_effect"]) < 1.5  # of what was asked for
 
 
 def test_a_trajectory_of_v_predictions_keeps_each_x_t_at_its_level() -> None:
@@ -329,7 +323,7 @@ def test_an_average_lags_behind_what_it_averages() -> None:
 def test_a_scale_that_hides_the_membrane_is_found_out() -> None:
     """What users of the released code met on SDXL: rank 32 with alpha 1, "no difference"."""
     hidden = {"rank": 32, "alpha": 0.01, "learning_rate": 1e-4}
-    with pytest.raises(TrainingError, match=r"changes nothing: it moves .* scale = alpha / rank is 0.0003"):
+    with pytest.raises(TrainingError, match=r"changes nothing: it moves .*scale = alpha / rank is 0.0003"):
         trainer(tiny_sd(), config(**hidden)).run()
 
 
