@@ -1,7 +1,7 @@
 """Trains the membranes of safegen-mini, calibrates and measures them, and writes them with their cards.
 
-`python -m safegen.mini.train_zoo --out OUT`, or `make zoo`. A stopped run goes on where it was: membranes that are there
-with the same settings are left alone, and the one in training goes on from its checkpoint.
+`python -m safegen.mini.train_zoo --out OUT`, or `make zoo`. A stopped run goes on where it was: membranes that are
+there with the same settings are left alone, and the one in training goes on from its checkpoint.
 """
 
 from __future__ import annotations
