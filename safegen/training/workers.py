@@ -35,9 +35,10 @@ class Workers:
         """Joins the processes that a launcher started; alone without one.
 
         Raises:
-            TrainingError: There are several, and accelerate is not installed.
+            TrainingError: There are several, and accelerate is not installed, or did not join them all.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
+        if announced == 1:
             return cls()
         try:
             from accelerate import PartialState
@@ -45,7 +46,12 @@ class Workers:
             raise TrainingError(
                 "several processes train together through accelerate, which is not installed; install safegen[train]"
             ) from error
-        state = PartialState()
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        if state.num_processes != announced:
+            raise TrainingError(
+                f"the launcher announced {announced} processes, accelerate joined {state.num_processes}: each would "
+                "train a membrane of its own; start them with `accelerate launch` on GPUs, with torchrun on CPUs"
+            )
         return cls(state.process_index, state.num_processes, state.device)
 
     def own(self, rows: Tensor) -> Tensor:
