@@ -16,7 +16,7 @@ from safegen.backend.sites import file_key
 from safegen.membrane.weights import Factor, Membrane
 from safegen.training.config import TrainConfig
 
-_CHECKPOINT = "_gradient_checkpointing_func"  # what diffusers sets on modules, and leaves there
+_CHECKPOINTING = {"_gradient_checkpointing_func", "gradient_checkpointing"}  # what diffusers sets on modules
 
 
 class Student:
@@ -115,8 +115,8 @@ class Student:
         denoiser: Any = self.backend.denoiser
         requires = {p: p.requires_grad for p in denoiser.parameters()}
         saving = self.config.checkpointing and not denoiser.is_gradient_checkpointing
-        modules: list[nn.Module] = list(denoiser.modules())
-        new = [module for module in modules if _CHECKPOINT not in module.__dict__] if saving else []
+        modules: list[nn.Module] = list(denoiser.modules()) if saving else []
+        held = [(m, {n: m.__dict__[n] for n in _CHECKPOINTING if n in m.__dict__}) for m in modules]
         self._injection.attach(self._open_now, lambda _: None)
         try:
             for p in requires:
@@ -127,8 +127,10 @@ class Student:
         finally:
             if saving:
                 denoiser.disable_gradient_checkpointing()
-                for module in new:
-                    module.__dict__.pop(_CHECKPOINT, None)
+                for module, values in held:
+                    module.__dict__.update(values)
+                    for name in _CHECKPOINTING - values.keys():
+                        module.__dict__.pop(name, None)
             for p, value in requires.items():
                 p.requires_grad_(value)
             self._injection.detach()
