@@ -183,7 +183,8 @@ def test_a_recipe_trains_all_its_concepts_and_can_be_watched(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert set(events.Tags()["scalars"]) == {"erasing", "anchoring", "rate", "norm"}
+    tags: Any = events.Tags()
+    assert set(tags["scalars"]) == {"erasing", "anchoring", "rate", "norm"}
     assert [event.step for event in events.Scalars("anchoring")] == [1, 2, 3]
 
 
