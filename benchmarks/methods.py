@@ -44,7 +44,7 @@ console = Console(stderr=True)
 def target_of(concept: str) -> Target:
     """Returns a concept of the embedded model as every method gets it; its anchor is what looks most like it."""
     plan = zoo.plan(concept)
-    return Target(concept, plan.targets, plan.templates, anchor=zoo.ALIKE[concept][0])
+    return Target(concept, plan.targets, plan.templates, anchor=zoo.alike(concept)[0])
 
 
 def task_of(concepts: Sequence[str], seed: int) -> Task:

@@ -4,7 +4,8 @@
 
     SafegenError                          root; `exit_code` is what the command line returns for it
     ├── UsageError                        a wrong argument, or an input file that cannot be used       exit 2
-    │   └── PromptsFileError              a prompts file that is missing, empty or unreadable
+    │   ├── PromptsFileError              a prompts file that is missing, empty or unreadable
+    │   └── RecipeError                   a training recipe that cannot be read, or has faults
     ├── PolicyError                       what the policy says is wrong                                exit 3
     │   ├── PolicyNotFoundError           no file, and no shipped policy, of that name
     │   ├── PolicySyntaxError             not YAML, or YAML that safegen refuses
@@ -54,6 +55,10 @@ class UsageError(SafegenError):
 
 class PromptsFileError(UsageError):
     """A prompts file that is missing, empty, not UTF-8, or otherwise unreadable."""
+
+
+class RecipeError(UsageError):
+    """A training recipe that is missing, not YAML, or has faults; the message names all of them with their places."""
 
 
 class PolicyError(SafegenError):

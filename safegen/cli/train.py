@@ -1,9 +1,7 @@
-"""`safegen train`: trains the membrane of one concept."""
+"""`safegen train`: trains the membranes of a recipe, or of one concept."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,18 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli import options
-from safegen.cli.render import progress, say, show
-from safegen.cli.train_plan import plan_for
-from safegen.errors import UsageError
-from safegen.mini.zoo import Plan
+from safegen.cli.render import say, show
+from safegen.cli.train_write import listed
+from safegen.errors import BaseModelMismatchError, UsageError
 
 if TYPE_CHECKING:
     from safegen.backend import Backend
-    from safegen.membrane.weights import Membrane
-    from safegen.training.config import TrainConfig
+    from safegen.cli.train_run import Run
+    from safegen.cli.train_watch import Watching
+    from safegen.training.recipe import Trainer
 
 EXAMPLE = (
     "Examples: safegen train --concept snowman --out my-membranes\n\n"
+    "safegen train sd1/van-gogh --model ./my-pipeline --dry-run\n\n"
     "safegen train --concept van-gogh --model ./my-pipeline --pool captions.txt --iterations 1000"
 )
 
@@ -31,11 +30,35 @@ EXAMPLE = (
 class Anchors(StrEnum):
     """The choices of `TrainConfig.anchors`, which is not imported here so that `--help` stays quick."""
 
+    REFERENCE = "reference"
     PAPER = "paper"
     NEIGHBOURS = "neighbours"
 
 
-Concept = Annotated[str, typer.Option(help="Concept id of the catalogue: what is erased.")]
+class Method(StrEnum):
+    """The choices of a recipe's `method`, for the same reason."""
+
+    OURS = "ours"
+    PAPER = "paper"
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="Recipe that says what to erase and how: a file, or a shipped one (sd1/van-gogh).",
+        show_default=False,
+    ),
+]
+Concept = Annotated[
+    str | None, typer.Option(help="Concept id of the catalogue: what is erased, where no recipe says it.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help='"mini" (embedded), a diffusers pipeline folder, or a hub id.', show_default="the recipe's, else mini"
+    ),
+]
 Target = Annotated[
     list[str] | None,
     typer.Option(help="Name to erase; may be given several times.", show_default="the concept's name and aliases"),
@@ -51,10 +74,25 @@ Anchoring = Annotated[
 ]
 AnchorChoice = Annotated[
     Anchors | None,
-    typer.Option(help="Captions to hold in place: far ones (SPM Eq. 6) or near ones.", show_default="neighbours"),
+    typer.Option(
+        help="Captions to hold in place: near ones, far ones (SPM Eq. 6), or noise as released.",
+        show_default="neighbours",
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the membrane.", show_default="1")]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate.", show_default="0.01")]
+MethodChoice = Annotated[
+    Method | None, typer.Option("--method", help="Whose settings of a recipe.", show_default="the recipe's")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what time and memory it would take; train nothing.")]
+CheckpointEvery = Annotated[
+    int, typer.Option(min=0, help="Iterations between checkpoints, from which a stopped run goes on; 0: none.")
+]
+GridEvery = Annotated[int, typer.Option(min=0, help="Iterations between grids of pictures, before and after; 0: none.")]
+TensorBoard = Annotated[Path | None, typer.Option(metavar="DIR", help="Write events for TensorBoard.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to train: cpu, cuda, …", show_default="accelerate's, else the CPU")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the training.", show_default="0")]
 Pool = Annotated[
     Path | None,
@@ -67,9 +105,10 @@ Pool = Annotated[
 
 
 def train(
-    concept: Concept,
+    recipe: RecipeName = None,
+    concept: Concept = None,
     target: Target = None,
-    model: options.Model = options.MINI,
+    model: Model = None,
     revision: options.Revision = None,
     out: Out = Path("safegen-membranes"),
     surrogate: Surrogate = None,
@@ -81,168 +120,112 @@ def train(
     learning_rate: LearningRate = None,
     seed: Seed = None,
     pool: Pool = None,
+    method: MethodChoice = None,
+    dry_run: DryRun = False,
+    checkpoint_every: CheckpointEvery = 100,
+    grid_every: GridEvery = 0,
+    tensorboard: TensorBoard = None,
+    device: Device = None,
 ) -> None:
-    """Train the membrane of one concept, and write it with a card so that --membranes OUT finds it.
+    """Train membranes, and write them with their cards so that --membranes OUT finds them.
 
-    Prints the path of the membrane. How well it erases, and what else it touches, is not measured here.
+    Prints the path of each. How well it erases, and what else it touches, is not measured here. A run that was stopped
+    goes on from its last checkpoint when it is started again.
     """
     options.check_folder(out)
-    plan = plan_for(concept, target or (), pool, model)
-    config = _config(
-        plan,
-        surrogate=surrogate,
-        iterations=iterations,
-        eta=eta,
-        anchoring=anchoring,
-        anchors=anchors.value if anchors else None,
-        rank=rank,
-        learning_rate=learning_rate,
-        seed=seed,
+    given: dict[str, Any] = dict(
+        iterations=iterations, eta=eta, anchoring=anchoring, anchors=anchors.value if anchors else None, rank=rank,
+        learning_rate=learning_rate, seed=seed,
+    )  # fmt: skip
+    from safegen.cli.train_run import run_of_options, run_of_recipe
+
+    if recipe is not None:
+        stated = {"--concept": concept, "--target": target, "--surrogate": surrogate, "--pool": pool}
+        for name in [name for name, value in stated.items() if value is not None]:
+            raise UsageError(f"{name} does not go with a recipe; say it in {recipe}")
+        run = run_of_recipe(recipe, method.value if method else None, model, revision, given)
+    elif concept is None or method is not None:
+        raise UsageError("give a recipe, or --concept ID (--method is for recipes): safegen train --help has examples")
+    else:
+        run = run_of_options(concept, target or (), pool, model or options.MINI, revision, surrogate, given)
+    from safegen.cli.train_watch import Watching
+
+    _Training(run, device).go(out, dry_run, checkpoint_every, Watching(out, grid_every, tensorboard))
+
+
+class _Training:
+    """One run on its host; of several processes, the first one says and writes."""
+
+    def __init__(self, run: Run, device: str | None) -> None:
+        from safegen.cli.host import load_host
+
+        self.run, self.pipe = run, load_host(run.model, run.revision)
+
+        from safegen.backend import backend_of
+        from safegen.training.workers import Workers
+
+        self.workers = Workers.joined()
+        place = device or self.workers.device
+        if place is not None:
+            self.pipe.to(place)
+        self.backend: Backend = backend_of(self.pipe)
+        if run.family not in (None, self.backend.family) and not self.backend.family.startswith("sd-"):
+            raise BaseModelMismatchError(
+                f"the recipe is for base family {run.family!r}, {run.model} is {self.backend.family!r}; give a model "
+                "of the recipe's family, or take the recipe of this one"
+            )
+
+    def go(self, out: Path, dry_run: bool, checkpoint_every: int, asked: Watching) -> None:
+        """Trains and writes, or says what that would take."""
+        from safegen.bundle.store import MEMBRANE_FILE
+        from safegen.training.recipe import Trainer
+
+        first = self.workers.rank == 0
+        folder = out / self.backend.family
+        paths = [folder / config.concept / MEMBRANE_FILE for config in self.run.configs]
+        for path in paths:
+            if path.exists() and not dry_run:
+                raise UsageError(f"{path}: a membrane is there already; choose another --out, or move it away")
+            options.check_folder(path.parent)
+        names = ", ".join(f"{c.concept!r} ({listed(c.targets)})" for c in self.run.configs)
+        if first:
+            say(f"training on {self.run.model}: erases {names}, holds {len(self.run.pool)} captions in place")
+        trainer = Trainer(self.backend, self.run.configs, self.run.pool, self.pipe.scheduler, workers=self.workers)
+        if dry_run:
+            _show_estimate(trainer)
+            return
+        self._train(trainer, paths, out, checkpoint_every, replace(asked, folder=folder))
+
+    def _train(self, trainer: Trainer, paths: list[Path], out: Path, every: int, asked: Watching) -> None:
+        from safegen.cli.train_watch import watching
+        from safegen.cli.train_write import write_trained
+        from safegen.training.checkpoint import Checkpoints
+
+        checkpoints = Checkpoints(out / "checkpoints" / trainer.digest[:16], every) if every else None
+        if self.workers.rank > 0:
+            trainer.run_all(checkpoints=checkpoints)
+            return
+        if checkpoints is not None and checkpoints.latest:
+            say(f"going on from iteration {checkpoints.latest} ({checkpoints.folder})")
+        with watching(self.pipe, trainer, self.run, asked) as report:
+            membranes = trainer.run_all(report, checkpoints)
+        self.pipe.to("cpu")
+        for membrane, config, path in zip(membranes, self.run.configs, paths, strict=True):
+            write_trained(self.backend, membrane, config, path, self.run.captions, self.run.model)
+            show(str(path))
+        if checkpoints is not None:
+            checkpoints.clear()
+        concepts = listed([config.concept for config in self.run.configs])
+        say(f"use it: safegen generate … --membranes {out} (with a policy that has a rule for {concepts})")
+
+
+def _show_estimate(trainer: Trainer) -> None:
+    from safegen.training.estimate import estimate
+
+    found = estimate(trainer)
+    size = trainer.student.bytes()
+    show(f"time      {found.total:.0f} s: {trainer.config.iterations} iterations of {found.iteration:.2f} s, and")
+    show(f"          {found.drawing:.2f} s for each set of trajectories")
+    show(
+        f"memory    {found.peak / 2**20:.0f} MiB beyond the model's {size / 2**20:.0f} MiB, on {trainer.student.device}"
     )
-    path = _train_and_write(model, revision, config, plan, out, pool)
-    show(str(path))
-    say(f"use it: safegen generate … --membranes {out} (with a policy that has a rule for {concept!r})")
-
-
-def _train_and_write(
-    model: str, revision: str | None, config: TrainConfig, plan: Plan, out: Path, pool: Path | None
-) -> Path:
-    from safegen.cli.host import load_host
-
-    pipe = load_host(model, revision)
-
-    from safegen.backend import backend_of
-    from safegen.bundle.store import MEMBRANE_FILE
-
-    backend = backend_of(pipe)
-    path = out / backend.family / plan.concept / MEMBRANE_FILE
-    if path.exists():
-        raise UsageError(f"{path}: a membrane is there already; choose another --out, or move it away")
-    options.check_folder(path.parent)
-    held = f"holds {len(plan.pool)} captions in place"
-    say(f"training {plan.concept!r} on {model}: erases {_listed(plan.targets)}, {held}")
-    membrane = _trained(pipe, backend, config, plan)
-    _write(membrane, path)  # first, so that whatever goes wrong from here on costs no training
-    membrane = _calibrated(backend, membrane, pool, model)
-    digest = _write(membrane, path)
-    with options.writing(path.with_name("card.md")):
-        path.with_name("card.md").write_text(card_text(membrane, config, digest), "utf-8")
-    return path
-
-
-def _config(plan: Plan, **given: Any) -> TrainConfig:
-    """Returns the settings; those that are None keep their default.
-
-    Raises:
-        UsageError: A value out of bounds; all of them at once.
-    """
-    from pydantic import ValidationError
-
-    from safegen.training.config import TrainConfig
-
-    chosen = {key: value for key, value in given.items() if value is not None}
-    try:
-        return TrainConfig(concept=plan.concept, targets=plan.targets, templates=plan.templates, **chosen)
-    except ValidationError as error:
-        faults = [
-            f"--{str(fault['loc'][0]).replace('_', '-')} {fault['input']!r}: {fault['msg']}"
-            for fault in error.errors(include_url=False)
-        ]
-        raise UsageError("; ".join(faults)) from error
-
-
-def _trained(pipe: Any, backend: Backend, config: TrainConfig, plan: Plan) -> Membrane:
-    from safegen.training.recipe import Progress, Trainer
-
-    trainer = Trainer(backend, config, plan.pool, pipe.scheduler)
-    with progress("training", config.iterations, lines=True) as step:
-
-        def report(now: Progress) -> None:
-            step(now.iteration, f"erasing {now.erasing:.3g}  anchoring {now.anchoring:.3g}")
-
-        return trainer.run(report)
-
-
-def _calibrated(backend: Backend, membrane: Membrane, captions: Path | None, model: str) -> Membrane:
-    """Returns the membrane with the thresholds that hold on this model's text encoder."""
-    from safegen.cli.calibrate import measure
-    from safegen.transport.calibration import METADATA_KEY, text_of
-
-    found = text_of(measure(backend, membrane, captions, model))
-    return replace(membrane, metadata={**membrane.metadata, METADATA_KEY: found})
-
-
-def _write(membrane: Membrane, path: Path) -> str:
-    """Writes a membrane; where that fails, into the folder for temporary files, so that no training is lost.
-
-    Returns:
-        The sha256 of the file, in hex.
-
-    Raises:
-        UsageError: The file could not be written; the message says where the membrane is instead.
-    """
-    from safegen.membrane.file import write_membrane
-
-    try:
-        with options.writing(path):
-            return write_membrane(membrane, path)
-    except UsageError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="safegen-train-")) / path.name
-        with options.writing(rescued):
-            write_membrane(membrane, rescued)
-        raise UsageError(f"{error} (not to train again: the membrane was written to {rescued}; move it)") from error
-
-
-def card_text(membrane: Membrane, config: TrainConfig, sha256: str) -> str:
-    """Returns the card of a membrane that `safegen train` made."""
-    from safegen._version import __version__
-    from safegen.transport.calibration import parse, section
-
-    settings = config.model_dump(mode="json", exclude={"concept", "targets", "templates"})
-    return _CARD.format(
-        concept=membrane.concept,
-        base=membrane.base,
-        version=__version__,
-        targets=_listed(membrane.targets),
-        surrogate=membrane.surrogate or "nothing (the unconditional prediction)",
-        architecture=membrane.architecture,
-        sites=len(membrane.factors),
-        parameters=membrane.parameter_count(),
-        calibration=section(parse(membrane.metadata)),
-        sha256=sha256,
-        digest=config.digest(),
-        settings="\n".join(f"| {key} | {value} |" for key, value in settings.items() if key != "surrogate"),
-        templates="\n".join(f'- "{prompt}", without the name "{rest}"' for prompt, rest in config.templates),
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
-
-
-_CARD = """# Membrane: {concept} on {base}
-
-Made by `safegen train` {version}. **No figures were measured by this command**: how well it erases, and what it does to
-other images, is unknown until somebody measures it.
-
-| | |
-|---|---|
-| erases | {targets} |
-| turns it into | {surrogate} |
-| base family | {base} |
-| architecture | `{architecture}` |
-| sites, parameters | {sites}, {parameters:,} |
-| sha256 of the file | `{sha256}` |
-| training digest | `{digest}` |
-
-## Settings
-
-| setting | value |
-|---|---|
-{settings}
-
-Prompts around the name:
-
-{templates}
-
-{calibration}"""

@@ -13,6 +13,10 @@ from safegen.errors import UsageError, did_you_mean
 from safegen.mini import zoo
 from safegen.mini.catalogue import OBJECT_NAMES, STYLE_NAMES
 from safegen.mini.zoo import Plan
+from safegen.policy.catalogue import Concept, load_catalogue
+from safegen.text import PhraseMatcher
+from safegen.training.document import Erased
+from safegen.training.presets import Application
 from safegen.transport.phrasing import EVERYDAY, STYLE, THING, around
 
 _ALIASES = 3  # names of a concept that are trained on when the caller names none
@@ -26,6 +30,14 @@ _THING = (
     ("a drawing of {}", "a drawing"),
     ("a close-up of {}", "a close-up"),
 )
+_PICTURE = (
+    ("{}", ""),
+    ("a picture of {}", "a picture"),
+    ("a print of {}", "a print"),
+    ("a reproduction of {}", "a reproduction"),
+    ("{} on a poster", "a poster"),
+    ("{} on a wall", "a wall"),
+)
 _STYLE = (
     ("{}", ""),
     ("{} style", ""),
@@ -36,6 +48,13 @@ _STYLE = (
     ("a landscape in the style of {}", "a landscape"),
     ("a portrait in the style of {}", "a portrait"),
 )
+
+_TEMPLATES: dict[Application, tuple[tuple[str, str], ...]] = {
+    "object": _THING,
+    "style": _STYLE,
+    "explicit": _THING,
+    "memorised": _PICTURE,
+}
 
 
 class Wording(NamedTuple):
@@ -69,8 +88,24 @@ def plan_for(concept: str, targets: Sequence[str], pool: Path | None, model: str
         raise UsageError("--target: a name to erase is blank; expected a name")
     plan = _mini_plan(concept) if model == MINI else _catalogue_plan(concept)
     names = tuple(targets) or plan.targets
-    captions = plan.pool if pool is None else _read_pool(pool, names)
+    captions = plan.pool if pool is None else read_pool(pool, names)
     return replace(plan, targets=names, pool=captions)
+
+
+def plan_of(erased: Erased, application: Application, model: str) -> Plan:
+    """Returns the plan of one concept of a recipe; what it does not say comes from the catalogue.
+
+    Raises:
+        UsageError: No such concept, and no names to erase either.
+    """
+    known = _mini_concepts() if model == MINI else load_catalogue().concepts
+    if erased.concept in known or not erased.targets:
+        plan = plan_for(erased.concept, erased.targets, None, model)
+    else:
+        plan = Plan(erased.concept, erased.targets, _THING, _others(PhraseMatcher(erased.targets)))
+    if erased.concept not in _mini_concepts() or model != MINI:
+        plan = replace(plan, templates=_TEMPLATES[application])
+    return replace(plan, templates=erased.templates or plan.templates, neighbours=erased.neighbours or plan.neighbours)
 
 
 def calibration_prompts(concept: str, targets: Sequence[str], captions: Path | None, model: str) -> Wording:
@@ -86,9 +121,7 @@ def calibration_prompts(concept: str, targets: Sequence[str], captions: Path | N
         UsageError: Captions that all name the concept.
         PromptsFileError: The captions cannot be read.
     """
-    from safegen.policy.catalogue import load_catalogue
-
-    pool = _read_pool(captions, targets) if captions is not None else ()
+    pool = read_pool(captions, targets) if captions is not None else ()
     if model == MINI and concept in _mini_concepts():
         plan = zoo.plan(concept)
         positives = around(targets, [prompt for prompt, _ in plan.templates])
@@ -106,9 +139,14 @@ def _mini_concepts() -> set[str]:
     return {name.replace(" ", "-") for name in (*OBJECT_NAMES, *STYLE_NAMES)}
 
 
-def _read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+def read_pool(file: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the captions of a file, save for those that name the concept.
+
+    Raises:
+        UsageError: All of them do.
+        PromptsFileError: The file cannot be read.
+    """
     from safegen.prompts import read_prompts
-    from safegen.text import PhraseMatcher
 
     captions = [row.text for row in read_prompts(file)]
     matcher = PhraseMatcher(names)
@@ -130,16 +168,18 @@ def _mini_plan(concept: str) -> Plan:
 
 
 def _catalogue_plan(concept: str) -> Plan:
-    from safegen.policy.catalogue import load_catalogue
-    from safegen.text import PhraseMatcher
-
     catalogue = load_catalogue()
     found = catalogue.concepts.get(concept)
     if found is None:
         hint = did_you_mean(concept, catalogue.concepts)
         raise UsageError(f"--concept {concept}: the concept catalogue has none of that id.{hint}")
-    matcher = PhraseMatcher(found.phrases)
-    others = [*found.neighbours, *(other.name for other in catalogue.concepts.values() if other.id != concept)]
-    others = [name for name in others if name in found.benign or not matcher.find(name)]
     templates = _STYLE if found.category == "artist-style" else _THING
-    return Plan(concept, (found.name, *found.aliases)[:_ALIASES], templates, tuple(others))
+    others = _others(PhraseMatcher(found.phrases), found)
+    return Plan(concept, (found.name, *found.aliases)[:_ALIASES], templates, others)
+
+
+def _others(matcher: PhraseMatcher, found: Concept | None = None) -> tuple[str, ...]:
+    """Returns the names of the catalogue's other concepts, save for those in which the concept is named."""
+    benign, close = (found.benign, found.neighbours) if found else ((), ())
+    names = dict.fromkeys([*close, *(other.name for other in load_catalogue().concepts.values() if other is not found)])
+    return tuple(name for name in names if name in benign or not matcher.find(name))

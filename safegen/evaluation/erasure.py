@@ -54,6 +54,7 @@ def neighbours(pipe: Any, concept: str) -> tuple[str, ...]:
     """
     entry = zoo.find(concept)
     pool: Sequence[Object | Style] = _FREE_OBJECTS if isinstance(entry, Object) else _FREE_STYLES
+    pool = [other for other in pool if other is not entry]
     names = [entry.name, *(other.name for other in pool), ""]
     ids = pipe.tokenizer(names, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -94,12 +95,12 @@ def cases(pipe: Any, concept: str, group: Group, count: int, *, seed: int) -> li
 
     Args:
         pipe: safegen-mini; its text encoder says what is near.
-        concept: Catalogue id of a shipped concept.
+        concept: Catalogue id of a concept of `zoo.PLANNED`.
         group: Which prompts.
         count: How many.
         seed: Seed of the choice of captions.
     """
-    rng = np.random.default_rng([seed, zoo.CONCEPTS.index(concept), ["target", "neighbour", "unrelated"].index(group)])
+    rng = np.random.default_rng([seed, zoo.PLANNED.index(concept), ["target", "neighbour", "unrelated"].index(group)])
     entry = zoo.find(concept)
     near, far = neighbours(pipe, concept), unrelated_objects(pipe)
     found: list[Case] = []
@@ -194,7 +195,7 @@ def scenes(concept: str, count: int, *, seed: int) -> list[Scene]:
         count: How many.
         seed: Seed of the choice.
     """
-    rng = np.random.default_rng([seed, zoo.CONCEPTS.index(concept), 3])
+    rng = np.random.default_rng([seed, zoo.PLANNED.index(concept), 3])
     target = _named(OBJECTS, zoo.find(concept).name)
     found: list[Scene] = []
     for _ in range(count):

@@ -61,6 +61,7 @@ def card_text(folder: Path) -> str:
         near=", ".join(figures["neighbours"]),
         images=figures["images"],
         seconds=figures["seconds"],
+        held=", and the look-alikes named by hand held in its own prompts" if config.neighbours else "",
         threads=f"{figures['threads']} core{'s' if figures['threads'] > 1 else ''}",
         **config.model_dump(include={"iterations", "rank", "eta", "anchoring", "anchors"}),
         **shares,
@@ -106,7 +107,7 @@ it (`benchmarks/end_to_end.py`).
 `python -m safegen.mini.train_zoo --concept {concept} --out OUT`, SPM's erasing loss with latent anchoring
 ([reference](../../../docs/reference/training.md)):
 {iterations} iterations in {seconds:.0f} s on {threads}, rank {rank}, η = {eta}, λ = {anchoring}, anchors drawn by
-`{anchors}`. Settings digest `{settings}`. File sha256 `{sha256}`, {parameters:,} values.
+`{anchors}`{held}. Settings digest `{settings}`. File sha256 `{sha256}`, {parameters:,} values.
 
 {calibration}
 """

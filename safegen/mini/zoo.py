@@ -13,6 +13,15 @@ from safegen.policy.catalogue import load_catalogue
 from safegen.transport.phrasing import STYLE, THING, around
 
 CONCEPTS = ("ghost", "robot", "santa-claus", "popart", "blueprint", "bicycle")
+"""The concepts whose membranes ship."""
+
+PLANNED = (
+    *CONCEPTS,
+    *("ogre", "goblin", "clown", "fairy", "dragon", "unicorn", "ninja", "princess", "t-rex"),
+    *("clay", "ink", "pixel"),
+    *("guitar", "castle", "pizza", "cat", "rocket", "rose"),
+)
+"""What `train_zoo` trains: 12 characters, 5 styles and 7 objects, the shipped ones first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +33,14 @@ class Plan:
         targets: Names to erase.
         templates: Prompts around the name, each with what remains of it.
         pool: Captions that anchors are drawn from.
+        neighbours: What is easily taken for the concept, named by hand: held in place in the concept's own prompts.
     """
 
     concept: str
     targets: tuple[str, ...]
     templates: tuple[tuple[str, str], ...]
     pool: tuple[str, ...]
+    neighbours: tuple[str, ...] = ()
 
 
 def find(concept: str) -> Object | Style:
@@ -78,7 +89,7 @@ def _object_plan(concept: str, item: Object) -> Plan:
     pool = [text for other in others for text in _object_captions(other, STYLES)]
     pool += [f"in the style of {style.name}" for style in STYLES] * 8
     pool += [f"{with_article(a.name)} and {with_article(b.name)}" for a, b in zip(others, others[37:], strict=False)]
-    return Plan(concept, (item.name, *item.synonyms), tuple(templates), tuple(pool))
+    return Plan(concept, (item.name, *item.synonyms), tuple(templates), tuple(pool), alike(concept))
 
 
 def _style_plan(concept: str, style: Style) -> Plan:
@@ -91,4 +102,4 @@ def _style_plan(concept: str, style: Style) -> Plan:
     others = [s for s in STYLES if s is not style]
     pool = [text for item in OBJECTS for text in _object_captions(item, others)]
     pool += [f"in the style of {other.name}" for other in others] * 20
-    return Plan(concept, (style.name,), tuple(templates), tuple(pool))
+    return Plan(concept, (style.name,), tuple(templates), tuple(pool), alike(concept))

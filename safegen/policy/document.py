@@ -132,7 +132,7 @@ def parse_document(text: str, source: str) -> Document:
     except YAMLError as error:
         builder.refuse(None, f"not YAML: {str(error).splitlines()[0]}")
     if not builder.faults and not builder.values:
-        builder.refuse(None, "the file is empty; a policy starts with `apiVersion: safegen.dev/v1`")
+        builder.refuse(None, "the file is empty; it starts with `apiVersion: safegen.dev/v1`")
     if builder.faults:
         raise PolicySyntaxError(builder.faults)
     return Document(source, builder.root, builder.values, builder.keys, builder.switches)
@@ -200,7 +200,7 @@ class _Builder:
         if self.documents > 1:
             self.refuse(event.start_mark, "a second document starts here; keep one document per file")
         if event.version not in (None, (1, 2)) or event.tags:
-            self.refuse(event.start_mark, "directives are refused; policies are YAML 1.2 without any")
+            self.refuse(event.start_mark, "directives are refused; write YAML 1.2 without any")
 
     def _count(self, event: Any) -> None:
         self.nodes += 1

@@ -22,7 +22,7 @@ def paper_weights(cosines: Tensor, alpha: float) -> Tensor:
 
 
 def neighbour_weights(cosines: Tensor, sharpness: float, uniform: float) -> Tensor:
-    """Anchor probabilities that prefer the target's neighbours: (1-u)·softmax(κ·cos) + u·uniform.
+    """Anchor probabilities that prefer the target's neighbours: (1-u)·softmax(κ·z(cos)) + u·uniform.
 
     Unlike Eq. 6, which keeps away from the target, this spends most anchors on the concepts that an eraser damages
     first (docs/decisions/0005); the uniform share keeps the rest in place.
@@ -37,6 +37,47 @@ def neighbour_weights(cosines: Tensor, sharpness: float, uniform: float) -> Tens
     """
     near = (sharpness * standardised(cosines)).softmax(dim=0)
     return (1 - uniform) * near + uniform / len(cosines)
+
+
+def with_named(weights: Tensor, count: int, share: float) -> Tensor:
+    """Makes room for candidates that a person named: they follow the others, and share `share` evenly.
+
+    Args:
+        weights: Probabilities of the other candidates, [candidates], summing to 1.
+        count: How many were named.
+        share: In [0, 1]; read where any was named.
+
+    Returns:
+        [candidates + count], summing to 1.
+    """
+    if count == 0:
+        return weights
+    return torch.cat([(1 - share) * weights, torch.full((count,), share / count)])
+
+
+def reference_anchors(target: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Anchors as SPM's released code draws them (src/engine/sampling.py): white noise, not prompts.
+
+    Noise over all positions, of 0.8–1.2 times the target's norm, is accepted with probability 1 - cos(noise, target).
+    In so many dimensions that cosine is 0 within a hundredth, so that Eq. 6 has no effect there.
+
+    Args:
+        target: Conditioning of the target, [tokens, width].
+        count: How many to draw.
+        generator: Source of chance.
+
+    Returns:
+        [count, tokens, width].
+    """
+    kept: list[Tensor] = []
+    wanted = target.flatten().cpu()
+    while len(kept) < count:
+        noise = torch.randn(wanted.shape, generator=generator)
+        size, chance = torch.rand(2, generator=generator).tolist()
+        noise *= (0.8 + 0.4 * size) * wanted.norm() / noise.norm()
+        if chance < 1 - torch.cosine_similarity(noise, wanted, dim=0):
+            kept.append(noise.view(target.shape))
+    return torch.stack(kept).to(target) if kept else target.new_zeros(0, *target.shape)
 
 
 def standardised(values: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""One training, from settings to a membrane (SPM, arXiv 2312.16145, Eq. 3–8; house.md §6).
+"""Trainings, from settings to membranes (SPM, arXiv 2312.16145, Eq. 3–8).
 
-    trajectories of targets and anchors, membrane closed, no gradient   → x_t at its own timestep
-    closed, no gradient, one batch: eps of surrogate, target, anchors
-    open, with gradient, one batch: eps of target, anchors
+    trajectories of targets and anchors, no gradient                    → x_t at its own timestep
+    closed, no gradient, one call: predictions for surrogate, target, anchors
+    open, with gradient, one call: predictions for target, anchors
     erasing loss + λ · anchoring loss → clip → step
 
 No prediction pays for a guidance branch (guidance 1 needs none); trajectories are shared by several iterations; x_t is
-always queried at the timestep it belongs to (the reference code queries it 33–42 steps too noisy).
+always queried at the timestep it belongs to (the reference code queries it 33–42 steps too noisy). Several concepts in
+one run share anchors, and with them half of the trajectories and most of the closed predictions.
 """
 
 from __future__ import annotations
@@ -16,240 +17,231 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from safegen.backend.base import Backend
-from safegen.backend.injection import Injection, Opening
-from safegen.backend.sites import file_key
 from safegen.errors import TrainingError
 from safegen.membrane.weights import Factor, Membrane
-from safegen.training.anchors import neighbour_weights, paper_weights
-from safegen.training.config import TrainConfig
-from safegen.training.losses import anchoring_loss, erasing_loss
+from safegen.training.adversary import adversarial_states
+from safegen.training.checkpoint import Checkpoints
+from safegen.training.config import TrainConfig, run_digest
+from safegen.training.losses import anchoring_loss, effect, erasing_loss, erasing_target, total_loss
+from safegen.training.optimiser import Average, new_optimizer, rate_factor
+from safegen.training.student import Student
+from safegen.training.trajectory import Drawn, Source
+from safegen.training.workers import Workers
 
-_UNIFORM_SHARE = 0.3
-_MAX_GRAD_NORM = 1.0
-_TRAJECTORIES = 8  # target trajectories drawn at a time, and as many of anchors
+LEAST_EFFECT = 0.01  # of what was asked for; below it a membrane changes nothing that anyone could see
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One iteration's figures: its number (from 1), the erasing loss, and the anchoring loss before λ."""
+    """One iteration's figures, means over the concepts of the run.
+
+    Attributes:
+        iteration: Its number, from 1.
+        erasing: L_era.
+        anchoring: L_anc, before λ.
+        rate: The learning rate.
+        norm: Norm of the gradient, before it was clipped.
+    """
 
     iteration: int
     erasing: float
     anchoring: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Noisy latents of several prompts along their own trajectories.
-
-    Attributes:
-        states: Conditioning of each trajectory, [n, tokens, width].
-        x: [steps, n, c, h, w]: x_t of each step.
-        t: [steps]: the timestep at which each x_t is queried.
-    """
-
-    states: Tensor
-    x: Tensor
-    t: Tensor
-
-    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draws `size` (x_t, t, states, trajectory index) at random."""
-        steps, n = self.x.shape[:2]
-        k = torch.randint(steps, (size,), generator=generator)
-        i = torch.randint(n, (size,), generator=generator)
-        return self.x[k, i], self.t[k], self.states[i], i
+    rate: float
+    norm: float
 
 
 class Trainer:
-    """Trains one membrane on one host."""
+    """Trains the membranes of one run on one host."""
 
-    def __init__(self, backend: Backend, config: TrainConfig, pool: Sequence[str], scheduler: Any) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        config: TrainConfig | Sequence[TrainConfig],
+        pool: Sequence[str],
+        scheduler: Any,
+        *,
+        workers: Workers | None = None,
+    ) -> None:
         """Prepares a training.
 
         Args:
             backend: The host; its weights are not changed.
-            config: Settings.
+            config: Settings; of several concepts, those that agree in all but what is erased.
             pool: Captions that anchors are drawn from; those that name a target should be left out.
-            scheduler: The host's scheduler; its noise schedule is used.
+            scheduler: The host's scheduler; its noise schedule and kind of prediction are used.
+            workers: The processes that train together; by default those of a launcher, if there is one.
 
         Raises:
-            TrainingError: The pool is empty.
+            TrainingError: The pool is empty, settings differ, or something that they ask for is not installed.
         """
-        if not pool:
-            raise TrainingError("the anchor pool is empty; expected captions of what the membrane must leave alone")
-        self.backend, self.config = backend, config
-        # Leading steps, so that each DDIM step ends exactly at the next timestep; latents are never clipped.
-        self._scheduler: Any = DDIMScheduler.from_config(
-            scheduler.config, timestep_spacing="leading", clip_sample=False, thresholding=False
-        )
-        self._generator = torch.Generator().manual_seed(config.seed)
-        self._rng = np.random.default_rng(config.seed)
-        self._factors = self._new_factors()
-        self._membrane = Membrane(
-            config.concept, config.targets, backend.family, backend.sites.architecture, self._factors, config.surrogate
-        )
-        self._injection = Injection(backend.denoiser, backend.sites, [self._membrane], backend.family)
-        self._opening = Opening(0, (), torch.zeros(0, 0), None)
-        parameters = [p for f in self._factors.values() for p in (f.down, f.up)]
-        self._parameters = parameters
-        self._optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-        self._empty = self._encode([""])
-        self._pool = self._encode(pool)
-        self._weights = self._anchor_weights()
+        self.backend = backend
+        self.configs = (config,) if isinstance(config, TrainConfig) else tuple(config)
+        self.config = self.configs[0]  # what they agree in
+        if any(c.shared() != self.config.shared() for c in self.configs):
+            raise TrainingError("the concepts of one run share all settings save for what is erased; start two runs")
+        self.workers = workers or Workers.joined()
+        self.digest = run_digest(self.configs, pool, backend.sites.architecture)
+        self._generator = torch.Generator().manual_seed(self.config.seed)
+        self.student = Student(backend, self.configs, self._generator)
+        self._optimizer = new_optimizer(self.config, self.student.every)
+        self._average = Average(self.config.ema, self.student.every)
+        self._scaler = torch.amp.GradScaler(self.student.device.type, enabled=self.config.precision == "float16")
+        self._source = Source(self.student, pool, scheduler, self.workers, self._generator)
 
-    def _new_factors(self) -> dict[str, Factor]:
-        """Up factors are 0, so that training starts at the base model; down factors are Kaiming uniform, a = √5."""
-        factors: dict[str, Factor] = {}
-        for name, module in self.backend.sites.modules.items():
-            weight = module.weight
-            down = torch.empty(self.config.rank, *weight.shape[1:])
-            bound = 1 / math.sqrt(down[0].numel())  # kaiming_uniform_ with a = √5
-            down.uniform_(-bound, bound, generator=self._generator)
-            up = torch.zeros(weight.shape[0], self.config.rank, *([1, 1] if weight.ndim == 4 else []))
-            factors[file_key(name)] = Factor(down.requires_grad_(True), up.requires_grad_(True), self.config.alpha)
-        return factors
-
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        parts = [self.backend.encode(self.backend.tokenise(texts[k : k + 256])) for k in range(0, len(texts), 256)]
-        return torch.cat(parts)
-
-    def _anchor_weights(self) -> Tensor:
-        target = self._encode([self.config.targets[0]])
-        pool, wanted = self._pool.mean(dim=1), target.mean(dim=1)
-        center = self._empty.mean(dim=1)
-        cosines = torch.nn.functional.cosine_similarity(pool - center, wanted - center)
-        if self.config.anchors == "paper":
-            return paper_weights(cosines, self.config.anchor_alpha)
-        return neighbour_weights(cosines, self.config.sharpness, _UNIFORM_SHARE)
-
-    def _eps(self, x: Tensor, t: Tensor, states: Tensor, *, opened: bool) -> Tensor:
-        """Predicts noise; with the membrane fully open or shut."""
-        membranes = (0,) if opened else ()
-        self._opening = Opening(len(x), membranes, torch.ones(len(x), len(membranes)), None)
-        return self.backend.predict(x, t, states)
-
-    @torch.no_grad()
-    def _trajectories(self, states: Tensor) -> Rows:
-        """Denoises from pure noise with the membrane closed and keeps every x_t with its own timestep."""
-        self._scheduler.set_timesteps(self.config.trajectory_steps)
-        n, guidance = len(states), self.config.trajectory_guidance
-        x = torch.randn(n, *self.backend.latent_shape, generator=self._generator)
-        kept: list[Tensor] = []
-        both = torch.cat([self._empty.expand(n, -1, -1), states])
-        for t in self._scheduler.timesteps:
-            kept.append(x)
-            if guidance == 1:
-                eps = self._eps(x, t.expand(n), states, opened=False)
-            else:
-                u, c = self._eps(torch.cat([x, x]), t.expand(2 * n), both, opened=False).chunk(2)
-                eps = u + guidance * (c - u)
-            x = self._scheduler.step(eps, t, x).prev_sample
-        return Rows(states, torch.stack(kept), self._scheduler.timesteps.clone())
-
-    def _target_prompts(self) -> tuple[Tensor, Tensor]:
-        """Draws prompts that name the target, and for each what remains once it is erased."""
-        targets: list[str] = []
-        surrogates: list[str] = []
-        for _ in range(_TRAJECTORIES):
-            name = self.config.targets[int(self._rng.integers(len(self.config.targets)))]
-            template, rest = self.config.templates[int(self._rng.integers(len(self.config.templates)))]
-            targets.append(template.format(name))
-            surrogates.append(template.format(self.config.surrogate) if self.config.surrogate else rest)
-        return self._encode(targets), self._encode(surrogates)
-
-    def _refresh(self) -> tuple[Rows, Tensor, Rows]:
-        targets, surrogates = self._target_prompts()
-        chosen = torch.multinomial(self._weights, _TRAJECTORIES, replacement=True, generator=self._generator)
-        rows = self._trajectories(torch.cat([targets, self._pool[chosen]]))
-        k = len(targets)
-        return (
-            Rows(rows.states[:k], rows.x[:, :k], rows.t),
-            surrogates,
-            Rows(rows.states[k:], rows.x[:, k:], rows.t),
-        )
-
-    def _anchor_rows(self, own: Rows, targets: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws anchors: half at their own x_t, the rest at the target's (as Eq. 7 has it), one the empty prompt."""
-        size = self.config.anchor_batch
-        x, t, states, _ = own.draw(size // 2, self._generator)
-        x2, t2, _, _ = targets.draw(size - size // 2, self._generator)
-        chosen = torch.multinomial(self._weights, len(x2), replacement=True, generator=self._generator)
-        states2 = torch.cat([self._empty, self._pool[chosen[1:]]])
-        return torch.cat([x, x2]), torch.cat([t, t2]), torch.cat([states, states2])
-
-    def _iteration(self, targets: Rows, surrogates: Tensor, own: Rows) -> tuple[float, float]:
-        n = self.config.batch
-        x, t, states, index = targets.draw(n, self._generator)
-        ax, at, astates = self._anchor_rows(own, targets)
-        with torch.no_grad():
-            closed = self._eps(
-                torch.cat([x, x, ax]),
-                torch.cat([t, t, at]),
-                torch.cat([surrogates[index], states, astates]),
-                opened=False,
-            )
-        opened = self._eps(torch.cat([x, ax]), torch.cat([t, at]), torch.cat([states, astates]), opened=True)
-        erasing = erasing_loss(opened[:n], closed[:n], closed[n : 2 * n], self.config.eta)
-        anchoring = anchoring_loss(opened[n:], closed[2 * n :])
-        loss = erasing + self.config.anchoring * anchoring
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()}; lower learning_rate (now {self.config.learning_rate:g})")
+    def _iteration(self, number: int, drawn: Drawn) -> Progress:
+        """Does one step: every concept's losses, one after another on the same anchors, then the optimizer."""
+        rate = self.config.learning_rate * rate_factor(self.config, number)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         self._optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRAD_NORM)
-        self._optimizer.step()
-        return erasing.item(), anchoring.item()
+        n, own = self.config.batch, self.workers.own
+        ax, at, astates = self._source.anchor_rows(drawn)
+        picked = [rows.draw(n * self.workers.count, self._generator) for rows in drawn.targets]
+        mine = [
+            (own(x), own(t), own(states), own(s[i]))
+            for (x, t, states, i), s in zip(picked, drawn.surrogates, strict=True)
+        ]
+        with torch.no_grad():
+            closed = self.student.predict(
+                torch.cat([part for x, _, _, _ in mine for part in (x, x)] + [ax]),
+                torch.cat([part for _, t, _, _ in mine for part in (t, t)] + [at]),
+                torch.cat([part for _, _, states, surrogates in mine for part in (surrogates, states)] + [astates]),
+                opened=None,
+            )
+        anchored = closed[2 * n * len(mine) :]
+        figures: list[Tensor] = []
+        for k, (x, t, states, surrogates) in enumerate(mine):
+            surrogate, target = closed[2 * n * k : 2 * n * (k + 1)].chunk(2)
+            if self.config.adversarial_tokens and number % 2:
+                states = self._adversarial(k, x, t, surrogates, states, target)
+            opened = self.student.predict(
+                torch.cat([x, ax]), torch.cat([t, at]), torch.cat([states, astates]), opened=k
+            )
+            erasing = erasing_loss(opened[:n], surrogate, target, self.config.eta)
+            anchoring = anchoring_loss(opened[n:], anchored)
+            loss = total_loss(erasing, anchoring, self.config.anchoring)
+            if not torch.isfinite(loss):
+                raise TrainingError(f"the loss is {loss.item()}; lower learning_rate (now {rate:g})")
+            self._scaler.scale(loss).backward()
+            figures.append(torch.stack([erasing.detach(), anchoring.detach()]))
+        norm = self._step()
+        shown = torch.stack(figures).mean(dim=0)
+        self.workers.average([shown])
+        return Progress(number + 1, shown[0].item(), shown[1].item(), rate, norm)
 
-    def run(self, report: Callable[[Progress], None] = lambda _: None) -> Membrane:
-        """Trains, and returns the membrane.
+    def _step(self) -> float:
+        """Averages the gradients over the processes, clips them for each concept, steps; returns their mean norm."""
+        self._scaler.unscale_(self._optimizer)
+        norms: list[float] = []
+        for parameters in self.student.parameters:
+            self.workers.average([p.grad for p in parameters if p.grad is not None])
+            limit = self.config.max_grad_norm or math.inf
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, limit).item())
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._average.update(self.student.every)
+        return sum(norms) / len(norms)
+
+    def _adversarial(self, k: int, x: Tensor, t: Tensor, surrogates: Tensor, states: Tensor, target: Tensor) -> Tensor:
+        return adversarial_states(
+            lambda found: self.student.predict(x, t, found, opened=k), surrogates, states, target,
+            tokens=self.config.adversarial_tokens, steps=self.config.adversarial_steps,
+            rate=self.config.adversarial_rate,
+        )  # fmt: skip
+
+    def run(
+        self, report: Callable[[Progress], None] = lambda _: None, checkpoints: Checkpoints | None = None
+    ) -> Membrane:
+        """Trains the only concept of this run, and returns its membrane; see `run_all`."""
+        (membrane,) = self.run_all(report, checkpoints)
+        return membrane
+
+    def run_all(
+        self, report: Callable[[Progress], None] = lambda _: None, checkpoints: Checkpoints | None = None
+    ) -> tuple[Membrane, ...]:
+        """Trains, and returns a membrane for each concept.
 
         Args:
-            report: Called after every iteration.
+            report: Called after every iteration, in every process.
+            checkpoints: Where the run is saved, and goes on from; by the first process of several.
 
         Raises:
-            TrainingError: The loss is not finite, or the membrane changes nothing.
+            TrainingError: The loss is not finite, a membrane changes nothing, or a checkpoint is of another run.
         """
-        self._injection.attach(lambda _args, _kwargs: self._opening, lambda _: None)
-        requires = {p: p.requires_grad for p in self.backend.denoiser.parameters()}
-        try:
-            for p in requires:
-                p.requires_grad_(False)
-            rows: tuple[Rows, Tensor, Rows] | None = None
-            for i in range(self.config.iterations):
-                for group in self._optimizer.param_groups:
-                    progress = i / self.config.iterations
-                    group["lr"] = self.config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-                if rows is None or i % self.config.reuse == 0:
-                    rows = self._refresh()
-                erasing, anchoring = self._iteration(*rows)
-                report(Progress(i + 1, erasing, anchoring))
-        finally:
-            for p, value in requires.items():
-                p.requires_grad_(value)
-            self._injection.detach()
-        return self._finished()
+        drawn: Drawn | None = None
+        start = 0
+        if checkpoints is not None and (state := checkpoints.load(self.digest)) is not None:
+            start, drawn = self._restore(state)
+        with self.student.attached():
+            for i in range(start, self.config.iterations):
+                if drawn is None or i % self.config.reuse == 0:
+                    drawn = self._source.draw()
+                report(self._iteration(i, drawn))
+                if checkpoints is not None and checkpoints.due(i + 1) and self.workers.rank == 0:
+                    checkpoints.save(i + 1, self._state(i + 1, drawn))
+            assert drawn is not None
+            return self._finished(drawn)
 
-    def _finished(self) -> Membrane:
-        if all(f.up.detach().abs().max() < 1e-8 for f in self._factors.values()):
-            raise TrainingError("the trained membrane changes nothing: every up factor is still 0")
-        factors = {
-            key: Factor(f.down.detach().clone(), f.up.detach().clone(), f.alpha) for key, f in self._factors.items()
+    def probe(self) -> tuple[Callable[[], object], Callable[[], object]]:
+        """Returns what an estimate measures: drawing a set of trajectories, and one iteration on one."""
+        drawn = self._source.draw()
+        return self._source.draw, lambda: self._iteration(0, drawn)
+
+    @torch.no_grad()
+    def _finished(self, drawn: Drawn) -> tuple[Membrane, ...]:
+        """Puts the average in place, proves that each membrane acts, and returns copies without gradients."""
+        if self.config.ema:
+            for p, value in zip(self.student.every, self._average.values, strict=True):
+                p.copy_(value)
+        found: list[Membrane] = []
+        chance = torch.Generator().manual_seed(0)
+        for k, (config, rows) in enumerate(zip(self.configs, drawn.targets, strict=True)):
+            x, t, states, i = rows.draw(8, chance)
+            closed = self.student.predict(
+                torch.cat([x, x]), torch.cat([t, t]), torch.cat([drawn.surrogates[k][i], states]), opened=None
+            )
+            surrogate, target = closed.chunk(2)
+            moved = effect(
+                self.student.predict(x, t, states, opened=k), target, erasing_target(surrogate, target, config.eta)
+            )
+            if moved < LEAST_EFFECT:
+                raise TrainingError(
+                    f"the trained membrane of {config.concept!r} changes nothing: it moves the target's prediction by "
+                    f"{moved:.2%} of what was asked for, expected at least {LEAST_EFFECT:.0%}; raise learning_rate or "
+                    f"iterations, or alpha (scale = alpha / rank is {config.alpha / config.rank:g} here), or lower "
+                    "anchoring"
+                )
+            factors = {
+                key: Factor(f.down.detach().cpu().clone(), f.up.detach().cpu().clone(), f.alpha)
+                for key, f in self.student.factors[k].items()
+            }
+            found.append(self.student.membrane(k, factors, {"safegen.training_effect": f"{moved:.3f}"}))
+        return tuple(found)
+
+    def _state(self, iteration: int, drawn: Drawn) -> dict[str, Any]:
+        """Returns all that the next iterations depend on."""
+        return {
+            "digest": self.digest,
+            "iteration": iteration,
+            "parameters": [p.detach() for p in self.student.every],
+            "optimizer": self._optimizer.state_dict(),
+            "average": self._average.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "generator": self._generator.get_state(),
+            **drawn.content(),
         }
-        return Membrane(
-            self.config.concept,
-            self.config.targets,
-            self.backend.family,
-            self.backend.sites.architecture,
-            factors,
-            self.config.surrogate,
-            metadata={
-                "safegen.training": self.config.model_dump_json(),
-                "safegen.training_digest": self.config.digest(),
-            },
-        )
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> tuple[int, Drawn]:
+        """Takes a checkpoint; returns how many iterations it has behind it, and the trajectories in use."""
+        for p, value in zip(self.student.every, state["parameters"], strict=True):
+            p.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._average.load_state_dict(state["average"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._generator.set_state(state["generator"])
+        return state["iteration"], Drawn.of(state)

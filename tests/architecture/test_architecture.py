@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "guard": {
         *("errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "composition", "record", "run")
     },
-    "training": {"errors", "backend", "membrane"},
+    "training": {"errors", "resources", "backend", "membrane", "policy"},
 }
 ABOVE = {"evaluation", "mini", "cli", "serving", "integrations", "__main__", "__init__"}  # nobody below imports them
 WITHOUT_TORCH = {"errors", "_version", "resources", "spans", "text", "prompts", "policy", "bundle", "audit"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_world import HEAD, Run, World, complaint
@@ -17,7 +17,7 @@ from safegen.errors import UsageError
 from safegen.membrane.file import read_membrane
 from safegen.membrane.weights import Membrane
 from safegen.mini import zoo
-from safegen.training.recipe import Progress, Trainer
+from safegen.training.recipe import Trainer
 from safegen.transport.calibration import parse
 
 QUICK = ["--iterations", "2", "--seed", "5", "--rank", "2", "--anchors", "paper", "--surrogate", "a mouse"]
@@ -84,14 +84,14 @@ def test_what_was_trained_is_kept_when_it_cannot_be_written_where_it_belongs(
     run: Run, world: World, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    trained = Trainer.run
+    trained = Trainer.run_all
 
-    def and_then_something_is_in_the_way(self: Trainer, on_step: Callable[[Progress], None]) -> Membrane:
-        membrane = trained(self, on_step)
+    def and_then_something_is_in_the_way(self: Trainer, *args: Any) -> tuple[Membrane, ...]:
+        membranes = trained(self, *args)
         out.write_text("mine", "utf-8")
-        return membrane
+        return membranes
 
-    monkeypatch.setattr(Trainer, "run", and_then_something_is_in_the_way)
+    monkeypatch.setattr(Trainer, "run_all", and_then_something_is_in_the_way)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = run("train", "--concept", "fox", "--model", world.pipeline, "--pool", pool, "--out", out, *QUICK)
     assert result.exit_code == 2
@@ -147,3 +147,96 @@ def test_inspect_shows_the_training(run: Run, world: World, pool: Path, tmp_path
     assert found["training_digest"] == read_membrane(path).metadata["safegen.training_digest"]
     assert found["ranks"] == [2]
     shutil.rmtree(path.parent)
+
+
+RECIPE = (
+    "apiVersion: safegen.dev/v1\nkind: Recipe\nmetadata: {id: two, version: 1.0.0}\nmodel: nowhere\nfamily: sd1\n"
+    "application: object\nconcepts: [{concept: fox}, {concept: ghost, surrogate: a mouse}]\npool: pool.txt\n"
+    "settings: {iterations: 3, batch: 2, anchor_batch: 4, trajectories: 2, trajectory_steps: 2, latent_sizes: [8], "
+    "learning_rate: 0.05, warmup: 0, checkpointing: false}\n"
+)
+
+
+@pytest.fixture
+def recipe(pool: Path, tmp_path: Path) -> Path:
+    (tmp_path / "pool.txt").write_text(pool.read_text("utf-8"), "utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, "utf-8")
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_recipe_trains_all_its_concepts_and_can_be_watched(
+    run: Run, world: World, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    watch = ["--grid-every", "2", "--tensorboard", str(tmp_path / "events")]
+    result = run("train", recipe, "--model", world.pipeline, "--out", out, "--seed", "4", *watch)
+    assert result.exit_code == 0, result.stderr
+    paths = [out / world.family / concept / MEMBRANE_FILE for concept in ("fox", "ghost")]
+    assert result.stdout == "".join(f"{path}\n" for path in paths)
+    assert [read_membrane(path).surrogate for path in paths] == ["", "a mouse"]
+    for path in paths:
+        assert json.loads(read_membrane(path).metadata["safegen.training"])["seed"] == 4
+        assert "| moves the target's prediction | " in path.with_name("card.md").read_text("utf-8")
+        grids = list((path.parent / "grids").iterdir())
+        assert [grid.name for grid in grids] == ["step-00000002.png"]
+    assert not (out / "checkpoints").exists()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    tags: Any = events.Tags()
+    assert set(tags["scalars"]) == {"erasing", "anchoring", "rate", "norm"}
+    assert [event.step for event in events.Scalars("anchoring")] == [1, 2, 3]
+
+
+def test_a_stopped_recipe_goes_on_from_its_checkpoint(
+    run: Run, world: World, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate = Trainer._iteration
+
+    def stopping(self: Trainer, number: int, drawn: Any) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return iterate(self, number, drawn)
+
+    args = [str(recipe), "--model", world.pipeline, "--out", str(tmp_path / "out"), "--checkpoint-every", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_iteration", stopping)
+        assert run("train", args).exit_code != 0
+    result = run("train", args)
+    assert result.exit_code == 0, result.stderr
+    assert "going on from iteration 2" in result.stderr
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_dry_run_estimates_and_writes_nothing(run: Run, world: World, recipe: Path, tmp_path: Path) -> None:
+    result = run("train", recipe, "--model", world.pipeline, "--out", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "3 iterations of " in result.stdout
+    assert "MiB beyond the model's" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_of_another_family_is_refused(run: Run, recipe: Path, tmp_path: Path) -> None:
+    result = run("train", recipe, "--model", "mini", "--out", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "the recipe is for base family 'sd1', mini is 'mini'" in complaint(result)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["RECIPE", "--concept", "fox"], "--concept does not go with a recipe"),
+        (["RECIPE", "--surrogate", "x"], "--surrogate does not go with a recipe"),
+        (["--method", "paper", "--concept", "fox"], "--method is for recipes"),
+        (["none.yaml"], "none.yaml: neither a file nor a shipped recipe"),
+        (["RECIPE", "--rank", "0"], "--rank 0: "),
+    ],
+)
+def test_what_does_not_go_with_a_recipe(
+    run: Run, world: World, recipe: Path, tmp_path: Path, args: list[str], expected: str
+) -> None:
+    words = [str(recipe) if word == "RECIPE" else word for word in args]
+    result = run("train", words, "--model", world.pipeline, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert expected in complaint(result)
+    assert "loading" not in result.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -68,7 +68,9 @@ def test_only_the_membrane_changes(fail: bool) -> None:
     parts = (pipe.unet, pipe.text_encoder, pipe.vae)
     before = state_of(*parts)
     training = trainer(pipe)
-    fresh = {k: v.detach().clone() for k, v in tensors(training._membrane).items()}
+    fresh = {
+        k: v.detach().clone() for k, v in tensors(training.student.membrane(0, training.student.factors[0])).items()
+    }
     if fail:
         with pytest.raises(Stop):
             training.run(stop)
@@ -91,11 +93,13 @@ def test_a_fresh_membrane_changes_nothing_though_fully_open() -> None:
 
     base = predict()
     backend = backend_of(pipe)
-    injection = Injection(backend.denoiser, backend.sites, [training._membrane], backend.family)
+    injection = Injection(
+        backend.denoiser, backend.sites, [training.student.membrane(0, training.student.factors[0])], backend.family
+    )
     injection.attach(lambda _a, _k: Opening.of(torch.ones(2, 1), torch.ones(1)), lambda _: None)
     assert torch.equal(predict(), base)
     injection.detach()
-    for name, tensor in tensors(training._membrane).items():
+    for name, tensor in tensors(training.student.membrane(0, training.student.factors[0])).items():
         if name.endswith("lora_up.weight"):
             assert not tensor.any()
         elif name.endswith("lora_down.weight"):  # Kaiming uniform with a = √5: U(-1/√fan_in, 1/√fan_in)
@@ -140,28 +144,50 @@ def test_what_comes_out_can_be_written_read_and_applied(tmp_path: Path, audit_ke
 # What is computed
 
 
-class Recorded(Trainer):
-    """A trainer that keeps every prediction."""
+class Seen(NamedTuple):
+    """One call of the denoiser."""
 
-    def _eps(self, x: Tensor, t: Tensor, states: Tensor, *, opened: bool) -> Tensor:
-        eps = super()._eps(x, t, states, opened=opened)
-        if not hasattr(self, "seen"):
-            self.seen: list[tuple[bool, Tensor, Tensor, Tensor, Tensor]] = []
-        self.seen.append((opened, x.detach(), t.detach(), states.detach(), eps.detach()))
+    opened: int | Tensor | None
+    x: Tensor
+    t: Tensor
+    states: Tensor
+    eps: Tensor
+
+
+def recorded(training: Trainer) -> list[Seen]:
+    """Keeps every prediction of a training from now on."""
+    seen: list[Seen] = []
+    predict = training.student.predict
+
+    def remembering(x: Tensor, t: Tensor, states: Tensor, *, opened: int | Tensor | None) -> Tensor:
+        eps = predict(x, t, states, opened=opened)
+        seen.append(Seen(opened, x.detach(), t.detach(), states.detach(), eps.detach()))
         return eps
 
+    training.student.predict = remembering  # pyright: ignore[reportAttributeAccessIssue]
+    return seen
 
-def one_iteration(pipe: Any, **changes: Any) -> tuple[Recorded, Progress]:
-    training = Recorded(backend_of(pipe), config(iterations=1, **changes), POOL, pipe.scheduler)
+
+def one_iteration(pipe: Any, **changes: Any) -> tuple[Seen, Seen, Progress]:
+    """Returns the closed call, the open one, and what was reported."""
+    training = trainer(pipe, iterations=1, **changes)
+    seen = recorded(training)
     reports: list[Progress] = []
-    training.run(reports.append)
-    return training, reports[0]
+    counts: list[int] = []
+
+    def report(progress: Progress) -> None:
+        reports.append(progress)
+        counts.append(len(seen))
+
+    training.run(report)
+    closed, opened = seen[counts[0] - 2 : counts[0]]
+    return closed, opened, reports[0]
 
 
 def test_an_iteration_is_eq_4_and_eq_7_in_two_batches() -> None:
-    training, report = one_iteration(tiny_sd(), eta=2.0)
-    (was_open, x, t, states, closed), (is_open, x2, t2, states2, opened) = training.seen[-2:]
-    assert (was_open, is_open) == (False, True)
+    first, second, report = one_iteration(tiny_sd(), eta=2.0)
+    (was_open, x, t, states, closed), (is_open, x2, t2, states2, opened) = first, second
+    assert (was_open, is_open) == (None, 0)
     n, anchors = 2, 4
     assert (len(x), len(x2)) == (2 * n + anchors, n + anchors)  # no guidance branch
     # Target rows meet the surrogate at the same x_t; what is open sees the same rows as what is shut.
@@ -180,8 +206,7 @@ def test_an_iteration_is_eq_4_and_eq_7_in_two_batches() -> None:
 def test_prompts_come_from_the_templates_and_surrogates_are_what_remains() -> None:
     pipe = tiny_sd()
     backend = backend_of(pipe)
-    training, _ = one_iteration(pipe)
-    states = training.seen[-2][3]
+    states = one_iteration(pipe)[0].states
 
     def place(row: Tensor, texts: list[str]) -> int:
         rows = backend.encode(backend.tokenise(texts))
@@ -196,8 +221,8 @@ def test_prompts_come_from_the_templates_and_surrogates_are_what_remains() -> No
     assert place(states[4 + 2], [""]) == 0  # one anchor is the empty prompt
     for k in (4, 5, 7):
         place(states[k], list(POOL))
-    named, _ = one_iteration(pipe, surrogate="fox")
-    assert {place(row, ["a fox", "photo of the fox"]) for row in named.seen[-2][3][:2]} <= {0, 1}
+    named = one_iteration(pipe, surrogate="fox")[0].states
+    assert {place(row, ["a fox", "photo of the fox"]) for row in named[:2]} <= {0, 1}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -213,7 +238,7 @@ def test_every_x_t_is_queried_at_its_own_timestep(scheduler: str, guidance: floa
     backend = backend_of(pipe)
     states = backend.encode(backend.tokenise(["a ghost", "a fox"]))
     empty = backend.encode(backend.tokenise([""])).expand(2, -1, -1)
-    rows = training._trajectories(states)
+    rows = training._source.trajectories(states, torch.zeros(2, 1))
     alphas = pipe.scheduler.alphas_cumprod
     assert rows.x.shape == (6, 2, 4, 8, 8)
     assert (rows.t.diff() < 0).all()
@@ -236,7 +261,8 @@ def test_drawn_rows_keep_their_timestep_and_conditioning() -> None:
     pipe = tiny_sd()
     training = trainer(pipe)
     backend = backend_of(pipe)
-    rows = training._trajectories(backend.encode(backend.tokenise(["a ghost", "a fox", "a mouse"])))
+    states3 = backend.encode(backend.tokenise(["a ghost", "a fox", "a mouse"]))
+    rows = training._source.trajectories(states3, torch.zeros(3, 1))
     x, t, states, index = rows.draw(50, torch.Generator().manual_seed(0))
     for k in range(50):
         step = int((rows.t == t[k]).nonzero())
@@ -247,13 +273,23 @@ def test_drawn_rows_keep_their_timestep_and_conditioning() -> None:
 
 
 def test_trajectories_are_drawn_with_the_membrane_shut_and_shared() -> None:
-    pipe = tiny_sd()
-    training = Recorded(backend_of(pipe), config(iterations=5, reuse=2), POOL, pipe.scheduler)
+    training = trainer(tiny_sd(), iterations=5, reuse=2)
+    seen = recorded(training)
     training.run()
-    assert [opened for opened, *_ in training.seen] == ([False] * 4 + [False, True] * 2) * 2 + [False] * 4 + [
-        False,
-        True,
-    ]
+    steps = ["trajectory"] * 4
+    pair = ["closed", "open"]
+    kinds = ["trajectory" if isinstance(s.opened, Tensor) else "closed" if s.opened is None else "open" for s in seen]
+    assert kinds == (steps + pair * 2) * 2 + steps + pair + pair  # the last pair proves that it acts
+    assert not any(s.opened.any() for s in seen if isinstance(s.opened, Tensor))
+
+
+def test_a_share_of_the_target_trajectories_is_drawn_with_the_membrane_open() -> None:
+    training = trainer(tiny_sd(), iterations=1, trajectories=4, open_share=0.5)
+    seen = recorded(training)
+    training.run()
+    (gamma,) = {tuple(s.opened.flatten().tolist()) for s in seen if isinstance(s.opened, Tensor)}
+    # unconditional rows of targets and anchors, then conditional ones: two of four targets, no anchor
+    assert gamma == (0,) * 8 + (1, 1, 0, 0) + (0,) * 4
 
 
 # Whether it learns
