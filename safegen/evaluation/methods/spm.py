@@ -35,10 +35,10 @@ class SpmPublished:
     """SPM as published: the equations, x_t at its own timestep, anchors from real captions by Eq. 6, outputs added.
 
     Attributes:
-        iterations: Iterations; the paper takes 3,000 at a tenth of this learning rate and less.
-        learning_rate: Highest learning rate.
+        iterations: Iterations; the paper takes 3,000.
+        learning_rate: Highest learning rate; the paper takes 1e-4.
         eta: η of Eq. 4.
-        anchoring: λ of Eq. 8.
+        anchoring: λ of Eq. 8; the paper takes 1,000.
         alpha: α of Eq. 6.
         anchors: Anchors an iteration.
         steps: Sampler steps of a whole trajectory.
@@ -50,9 +50,9 @@ class SpmPublished:
     several: ClassVar[str] = "trained apart, outputs added (Eq. 9)"
 
     iterations: int = 150
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     eta: float = 1.0
-    anchoring: float = 1e3
+    anchoring: float = 10.0
     alpha: float = 1.0
     anchors: int = 4
     steps: int = 30
