@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from audit_log_parts.writer import KEY, SIGNER, write_record
-from end_to_end import Floor
+from floors import Floor, finish
 from rich.console import Console
 
 from safegen.audit import AuditLog, AuditOptions, read_records, verify
@@ -235,15 +235,8 @@ def main(
         "processors": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "results": found | {f"kill -9: {name}": value for name, value in killed.items()},
-        "floors": [vars(floor) for floor in floors],
     }
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(result, floors, as_json=as_json)
 
 
 def _refused(found: dict[str, Any]) -> float:

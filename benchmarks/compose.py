@@ -11,7 +11,6 @@ their factors. PEFT stops at 16: adding 128 adapters takes it minutes. Exit code
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 import statistics
 import sys
@@ -27,7 +26,7 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from end_to_end import Floor
+from floors import Floor, finish
 from peft import LoraConfig
 from rich.console import Console
 from torch import Tensor, nn
@@ -425,15 +424,8 @@ def main(
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "peers": {name: round(value, 4) for name, value in peers.items()},
-        "floors": [vars(floor) for floor in floors],
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

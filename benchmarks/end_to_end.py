@@ -17,12 +17,12 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
+from floors import Floor, finish
 from rich.console import Console
 
 import safegen
@@ -38,27 +38,6 @@ from safegen.mini.judge import Judge
 GROUPS = ("target", "neighbour", "unrelated")
 KEY = HmacKey(b"a fixed key of the benchmark ...")
 console = Console(stderr=True)
-
-
-@dataclass(frozen=True)
-class Floor:
-    """A number that the issue names: what was measured, and whether it holds."""
-
-    name: str
-    value: float
-    bound: Literal["at least", "at most"]
-    floor: float
-    holds: bool
-
-    @classmethod
-    def at_least(cls, name: str, value: float, floor: float) -> Floor:
-        """A number that must not be lower."""
-        return cls(name, round(value, 4), "at least", floor, value >= floor)
-
-    @classmethod
-    def at_most(cls, name: str, value: float, floor: float) -> Floor:
-        """A number that must not be higher."""
-        return cls(name, round(value, 4), "at most", floor, value <= floor)
 
 
 def policy_of(concepts: Sequence[str], folder: Path) -> Path:
@@ -247,15 +226,8 @@ def main(
         "images_per_figure": images,
         "threads": torch.get_num_threads(),
         "results": results,
-        "floors": [vars(floor) for floor in floors],
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ missed.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import typer
 from end_to_end import fingerprint
+from floors import finish
 from methods_parts import plot, summary
 from methods_parts.cache import Cache, describe
 from PIL import Image
@@ -192,11 +192,8 @@ def main(
         "effort": effort,
         "threads": torch.get_num_threads(),
         "results": summary.results(lines),
-        "floors": [vars(floor) for floor in floors],
         "comparisons": found,
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
     text = summary.markdown(lines)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -205,11 +202,7 @@ def main(
         single = [line for line in lines if line.targets == 1]
         plot.draw(single, picture, title=f"safegen-mini, {len(sets)} sets of targets, {images} images a figure")
     console.print(text, soft_wrap=True, markup=False)
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ work on the machine does not count. No image model is loaded.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
@@ -16,12 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from end_to_end import Floor
+from floors import Floor, finish
 from rich.console import Console
 
 from safegen.policy.catalogue import Catalogue, Concept
@@ -143,18 +141,10 @@ def main(
         "rounds": rounds,
         "results": figures,
         "resolve / peer": round(taken["resolve"] / taken["peer: compile one expression"], 4),
-        "floors": [asdict(floor) for floor in floors],
     }
-    if as_json:
-        typer.echo(json.dumps(report))
     for name, seconds in figures.items():
         console.print(f"{name:<36} {1000 * seconds:9.2f} ms")
-    for floor in floors:
-        console.print(
-            f"{'holds ' if floor.holds else 'MISSED'} {floor.name}: {floor.value} ({floor.bound} {floor.floor})"
-        )
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

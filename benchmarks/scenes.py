@@ -10,7 +10,6 @@ docs/decisions/0015 weighs. The independent judge looks at both halves of a scen
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import typer
-from end_to_end import Floor, console
+from floors import Floor, console, finish
 from PIL.Image import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -272,15 +271,8 @@ def main(
             for figure, before in overall["base"].items()
         },
         "by_concept": found,
-        "floors": [vars(floor) for floor in floors],
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ released code does, on a tenth of the images. Exit code 1 if a floor is missed.
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 import sys
 import tempfile
@@ -25,7 +24,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
-from end_to_end import KEY, Floor
+from end_to_end import KEY
+from floors import Floor, finish
 from rich.console import Console
 from torch import Tensor
 
@@ -177,16 +177,9 @@ def main(
         "steps": steps,
         "results": results,
         "peers": peers,
-        "floors": [vars(floor) for floor in floors],
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
     console.print(f"{results}; {peers}", soft_wrap=True)
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

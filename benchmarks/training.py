@@ -12,7 +12,6 @@ counted in full. Exit code 1 if a floor is missed.
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import DDIMScheduler
-from end_to_end import Floor
+from floors import Floor, finish
 from rich.console import Console
 from torch import Tensor
 
@@ -180,15 +179,8 @@ def main(
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "results": results,
-        "floors": [vars(floor) for floor in floors],
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    for floor in floors:
-        verdict = "holds " if floor.holds else "MISSED"
-        console.print(f"{verdict} {floor.name}: {floor.value} ({floor.bound} {floor.floor:.3g})", soft_wrap=True)
-    if not all(floor.holds for floor in floors):
-        raise typer.Exit(1)
+    finish(report, floors, as_json=as_json)
 
 
 if __name__ == "__main__":

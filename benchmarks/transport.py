@@ -9,15 +9,13 @@ prompts in the same run. Text-only parts with CLIP's own vocabulary need `--voca
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from end_to_end import Floor
+from floors import Floor, finish
 from rich.console import Console
 from transport_parts import guidance, speed, words
 from transport_parts.held_out import HeldOut, prompts
@@ -163,12 +161,8 @@ def main(
     if guidance_images:
         judge, compared = mini.load_judge(), ("robot", "popart", "bicycle")
         report["guidance"] = {c: guidance.compare(pipe, judge, c, guidance_images) for c in compared}
-    report |= {"threads": torch.get_num_threads(), "floors": [vars(floor) for floor in floors]}
-    if as_json:
-        sys.stdout.write(json.dumps(report, indent=1) + "\n")
-        return
-    for floor in floors:
-        console.print(f"{'holds ' if floor.holds else 'MISSED'} {floor.name}: {floor.value} (floor {floor.floor})")
+    report |= {"threads": torch.get_num_threads()}
+    finish(report, floors, as_json=as_json)
 
 
 def _texts(pipe: Any, folder: Path | None) -> list[str]:

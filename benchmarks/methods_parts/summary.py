@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from end_to_end import Floor
+from floors import Floor
 from report import table
 
 from safegen.evaluation.metrics.shares import Share
