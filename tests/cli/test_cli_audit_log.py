@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
@@ -63,16 +65,22 @@ def test_the_default_log_is_looked_into(run: Run, log: Path, monkeypatch: pytest
 def test_tail_follows_until_it_is_interrupted(log: Path) -> None:
     command = [sys.executable, "-m", "safegen", "audit", "tail", str(log), "-n", "1", "--follow", "--json"]
     env = {**os.environ, "PYTHONPATH": str(Path(safegen.__file__).parents[1])}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["kind"] == "segment.close"
-        segment = segment_files(log)[-1]
-        last = segment.read_bytes().splitlines(keepends=True)[-2]
-        with segment.open("ab") as file:
-            file.write(last)
-        assert json.loads(process.stdout.readline())["kind"] == json.loads(last)["kind"]
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+    # A process that was started in the background ignores interrupts, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, preexec_fn=heed, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["kind"] == "segment.close"
+            segment = segment_files(log)[-1]
+            last = segment.read_bytes().splitlines(keepends=True)[-2]
+            with segment.open("ab") as file:
+                file.write(last)
+            assert json.loads(process.stdout.readline())["kind"] == json.loads(last)["kind"]
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()  # where the test failed: nothing else would end it
     assert process.returncode in (1, 130)
 
 
