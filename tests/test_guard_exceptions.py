@@ -167,7 +167,7 @@ def test_an_exception_ends_under_a_guard_that_runs_on(
 
 
 @pytest.mark.parametrize(("days", "outcome"), [(-1, "refuse"), (1, "flag")])
-def test_runtime_audit_and_explain_agree_on_what_has_expired(
+def test_runtime_audit_explain_and_test_agree_on_what_has_expired(
     pipe: Any, tmp_path: Path, audit_key: HmacKey, roots: list[Path], days: int, outcome: str
 ) -> None:
     """The clock is the system's here, as it is for users."""
@@ -198,6 +198,19 @@ def test_runtime_audit_and_explain_agree_on_what_has_expired(
         assert decision["outcome"] == outcome, command
         assert [e["exception"] for e in decision["exceptions"]] == ([] if days < 0 else ["plates"]), command
         assert any("have expired" in notice for notice in found["notices"]) is (days < 0)
+
+    (tmp_path / "excepting.policytest.yaml").write_text(
+        f"""
+apiVersion: safegen.dev/v1
+kind: PolicyTest
+policy: {path.name}
+cases:
+  - {{name: a robot, prompt: a robot, context: {{tenant: atlas}}, expect: {{robot: {outcome}}}}}
+""",
+        encoding="utf-8",
+    )
+    done = CliRunner().invoke(app, ["test", str(tmp_path / "excepting.policytest.yaml"), "--fail-under", "0"])
+    assert "1 cases, 1 passed" in done.output
 
 
 def test_observing_a_policy_with_everything_in_it_changes_no_pixel(

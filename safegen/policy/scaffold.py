@@ -78,4 +78,8 @@ cases:
   - name: another mouse is left alone
     prompt: a computer mouse next to a keyboard
     expect: {mickey-mouse: shut}
+
+  - name: an ordinary caption touches nothing
+    prompt: a bowl of soup on a wooden table
+    expect: {"*": shut}
 """

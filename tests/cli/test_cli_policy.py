@@ -167,6 +167,15 @@ def test_init_writes_a_policy_that_is_valid_and_laid_out(run: Run, tmp_path: Pat
     assert policy_files(tmp_path / "new") == [policy]
 
 
+def test_what_init_writes_passes_its_own_tests_and_lints(run: Run, tmp_path: Path) -> None:
+    run("init", tmp_path)
+    tested = run("test", tmp_path)
+    assert tested.exit_code == 0
+    assert "100 % of the rules covered" in tested.output
+    linted = run("lint", tmp_path)
+    assert (linted.exit_code, linted.output.strip()) == (0, "1 policy, 0 findings")
+
+
 def test_the_exception_in_the_scaffold_is_valid_once_its_comment_signs_are_gone(run: Run, tmp_path: Path) -> None:
     run("init", tmp_path)
     policy = tmp_path / "house.yaml"
