@@ -36,6 +36,7 @@ bench: $(VENV)/installed-dev
 schema: $(VENV)/installed-dev
 	$(BIN)/python -c 'import json; from safegen.audit.schema import json_schema as schema; \
 	print(json.dumps(schema(), indent=1, ensure_ascii=False))' > docs/reference/audit.schema.json
+	$(BIN)/python -m safegen.policy.json_schema
 
 # Measures anew what docs/results.md states, and writes it whether or not a floor is missed; forty minutes.
 results: $(VENV)/installed-dev

@@ -120,7 +120,7 @@ FAULTS = {
     "application: style\nconcepts: [{concept: ghost}]\nsettings: {iterationz: 3, rank: 0, eta: '1'}": [
         "unknown key 'iterationz'. Did you mean 'iterations'?",
         "rank: expected greater than or equal to 1",
-        "8:41: eta: expected a valid number; found '1'",
+        "8:41: eta: expected a number; found '1'",
     ],
     "application: style\nconcepts: [{concept: ghost, templates: [[a ghost, a]]}]": ["expected {} once"],
     "application: style\nconcepts:\n  - concept: ghost\n  - concept: ghost": ["concept 'ghost' is there already"],
