@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from safegen.backend.base import Backend
@@ -17,6 +17,7 @@ from safegen.transport.sentence import SentenceEncoder
 from safegen.transport.transport import Reading, Score, Target
 
 Outcome = Literal["allow", "flag", "erase", "refuse"]
+GRAVITY: Mapping[Outcome, int] = {"allow": 0, "flag": 1, "erase": 2, "refuse": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,33 @@ class Decision:
     rule: ResolvedRule | None
     reason: str
     truncated: int = 0
+
+
+def joined(decision: Decision, others: Sequence[Decision]) -> Decision:
+    """Returns what follows for a row that holds further texts: the gravest, and of each membrane the largest.
+
+    Args:
+        decision: On the row's own text, which it goes on stating.
+        others: On its further texts. Their places (triggers) are not kept, because they are places in another text.
+    """
+    every = (decision, *others)
+    gravest = max(every, key=lambda one: GRAVITY[one.outcome])
+    activations = tuple(
+        own if own.permeability >= other.permeability else replace(other, triggers=())
+        for own, other in (
+            (own, max((one.activations[k] for one in every), key=lambda found: found.permeability))
+            for k, own in enumerate(decision.activations)
+        )
+    )
+    hits = tuple(dict.fromkeys(hit for one in every for hit in one.hits))
+    return replace(
+        decision,
+        activations=activations,
+        hits=hits,
+        outcome=gravest.outcome,
+        rule=gravest.rule,
+        reason=gravest.reason,
+    )
 
 
 class Encoders(Mapping[str, str]):

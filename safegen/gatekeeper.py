@@ -9,14 +9,22 @@ from torch import Tensor
 
 from safegen.backend.base import Backend
 from safegen.backend.conditioning import Origin
-from safegen.decision import Activation, Decision, Encoders, Installed, Outcome, target_of, uncalibrated
+from safegen.decision import (
+    GRAVITY,
+    Activation,
+    Decision,
+    Encoders,
+    Installed,
+    Outcome,
+    joined,
+    target_of,
+    uncalibrated,
+)
 from safegen.policy.resolve import Hit, ResolvedPolicy, ResolvedRule, lexical_hits, located_hits
 from safegen.transport.encoding import Token
 from safegen.transport.evidence import Trigger, token_evidence, triggers
 from safegen.transport.sentence import SentenceEncoder
 from safegen.transport.transport import Gate, Reading
-
-_GRAVITY: dict[Outcome, int] = {"allow": 0, "flag": 1, "erase": 2, "refuse": 3}
 
 __all__ = ["Activation", "Decision", "Gatekeeper", "Installed", "Outcome"]
 
@@ -94,6 +102,7 @@ class Gatekeeper:
             None if origin is not None and origin.negative else self._row(reading, gammas[k], k, origin, looking)
             for k, origin in enumerate(origins)
         ]
+        rows = [row and self._with_others(row, origins[k], every=every) for k, row in enumerate(rows)]
         prompts = [k for k, decision in enumerate(rows) if decision is not None]
         negatives = [k for k, decision in enumerate(rows) if decision is None]
         paired = {n: [p] for n, p in zip(negatives, prompts, strict=False)}
@@ -115,6 +124,22 @@ class Gatekeeper:
         ids = self.backend.tokenise(texts)
         origins = [Origin(tuple(row), text) for row, text in zip(ids.tolist(), texts, strict=True)]
         return self.decide(self.backend.encode(ids), origins, every=every, evidence=evidence)
+
+    def _with_others(self, decision: Decision, origin: Origin | None, *, every: bool) -> Decision:
+        """Opens and refuses for what other text encoders read, too, where that is another text or more of it.
+
+        Their output is not scored by itself; their texts are encoded for the gate, a window at a time.
+        """
+        if origin is None or not origin.others:
+            return decision
+        pieces = [piece for text in origin.others for piece in self._pieces(text)]
+        return joined(decision, self.decide_texts(pieces, every=every, evidence=False))
+
+    def _pieces(self, text: str) -> list[str]:
+        """Returns a text and, where it is longer than the encoder's window, its parts that fit."""
+        tokens, size = self.backend.tokens(text), self.gate.window - 2
+        starts = range(0, len(tokens), size) if len(tokens) > size else ()
+        return [text, *(text[tokens[k].start : tokens[min(k + size, len(tokens)) - 1].end] for k in starts)]
 
     def permeability(self, decisions: Sequence[Decision]) -> Tensor:
         """Returns γ as [rows, membranes]."""
@@ -239,7 +264,7 @@ class Gatekeeper:
                 found.append(("erase", rule, f"the membrane of {rule.concept.name!r} opens"))
         if not found:
             return "allow", None, "no rule is touched"
-        return max(found, key=lambda entry: (_GRAVITY[entry[0]], entry[1].severity))
+        return max(found, key=lambda entry: (GRAVITY[entry[0]], entry[1].severity))
 
     def _unknown(self, activations: tuple[Activation, ...]) -> Decision:
         """Decides for conditioning whose words are unknown, as `on_unknown` says; what needs words fails closed."""

@@ -165,7 +165,7 @@ class Guard:
         self._recorder = Recorder(log, policy, gatekeeper, injection, family=backend.family, source=_source(pipe))
         self._runs = Runs(backend, gatekeeper, injection, self._text, self._recorder)
         self._watches = (
-            EncodePromptWatch(pipe, backend.parts, self._text, self._runs.prove),
+            EncodePromptWatch(pipe, backend.parts, self._text, self._runs.prove, backend.returned),
             ImageWatch(pipe, self._runs.drawn),
         )
         self._state: Literal["applied", "removed"] = "applied"
@@ -215,7 +215,7 @@ class Guard:
         Returns:
             One decision per prompt.
         """
-        token = self._text.announce(prompts)  # so that a run in progress does not take them for its own
+        token = self._text.announce([(prompt,) for prompt in prompts])  # so that a run in progress does not take them for its own
         try:
             return self._gatekeeper.decide_texts(prompts)
         finally:

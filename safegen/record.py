@@ -31,7 +31,7 @@ from safegen.gatekeeper import Gatekeeper
 from safegen.policy.resolve import ResolvedPolicy
 
 if TYPE_CHECKING:
-    from safegen.run import Run
+    from safegen.run import Branch, Run
 
 logger = logging.getLogger("safegen")
 
@@ -105,19 +105,19 @@ class Recorder:
         fields = EventFields(request=RequestRecord(request), policy=self._policy_record, error=failure)
         self._keep("run.failed", fields)
 
-    def generated(self, run: Run, digests: Sequence[str], rows: Sequence[int]) -> None:
-        """Records the images of a run, one record per distinct prompt."""
+    def generated(self, run: Run, branch: Branch, digests: Sequence[str], rows: Sequence[int]) -> None:
+        """Records the images of a run, one record per distinct prompt of the branch that they follow."""
         images: dict[int, list[str]] = {}
         first: dict[object, int] = {}
         for row, digest in zip(rows, digests, strict=True):
-            images.setdefault(first.setdefault(_prompt_key(row, run.decisions[row]), row), []).append(digest)
+            images.setdefault(first.setdefault(_prompt_key(row, branch.decisions[row]), row), []).append(digest)
         elapsed = 1000 * (time.perf_counter() - run.started)
         for row, found in images.items():
-            decision = run.decisions[row]
+            decision = branch.decisions[row]
             fields = EventFields(
                 request=RequestRecord(run.request),
                 policy=self._policy_record,
-                membranes=self._membranes(decision, run.effect(row)),
+                membranes=self._membranes(decision, branch.effect(row)),
                 attest=self._attest(calls=run.calls),
                 output=OutputRecord(n=len(found), sha256=tuple(found)),
                 timing_ms=elapsed,

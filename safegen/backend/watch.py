@@ -16,8 +16,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from safegen.backend.base import Strand
 from safegen.backend.conditioning import TextSeam
 from safegen.backend.standin import StandIn
+
+
+_NUMBERS = ("", "_2", "_3", "_4")  # of the arguments of pipelines with several text encoders
+
+Returned = Callable[[Any], tuple[Sequence[Strand], Sequence[Strand]]]
 
 
 def _texts(value: Any) -> list[str]:
@@ -26,11 +32,23 @@ def _texts(value: Any) -> list[str]:
     return [v for v in value if isinstance(v, str)] if isinstance(value, list | tuple) else []
 
 
+def _said(given: Mapping[str, Any], name: str) -> list[tuple[str, ...]]:
+    """Returns the texts of each prompt: that of the first text encoder, and those of the others where they differ."""
+    columns = [_texts(given.get(f"{name}{number}")) for number in _NUMBERS]
+    first, *others = columns
+    return [(text, *(more[k] for more in others if k < len(more))) for k, text in enumerate(first)]
+
+
 class EncodePromptWatch(StandIn):
     """Tells the text seam which texts `pipe.encode_prompt` encodes, and which rows it returns as negative prompts."""
 
     def __init__(
-        self, pipe: Any, parts: Mapping[str, Any], seam: TextSeam, prove: Callable[[Sequence[str]], None]
+        self,
+        pipe: Any,
+        parts: Mapping[str, Any],
+        seam: TextSeam,
+        prove: Callable[[Sequence[str]], None],
+        read: Returned,
     ) -> None:
         """Prepares to watch.
 
@@ -40,8 +58,10 @@ class EncodePromptWatch(StandIn):
             seam: What is told.
             prove: Called before each encoding with the names of parts that were replaced; raises where the guard is
                 not in place.
+            read: Finds the prompts and the negative prompts in what `encode_prompt` returned.
         """
         super().__init__(pipe, "encode_prompt")
+        self._read = read
         self._parts = parts
         self._seam = seam
         self._prove = prove
@@ -64,12 +84,10 @@ class EncodePromptWatch(StandIn):
             return self._base(*args, **kwargs)
         self._prove(self._replaced())
         given = self._signature.bind(*args, **kwargs).arguments
-        negatives = _texts(given.get("negative_prompt")) or [""]
-        token = self._seam.announce([*negatives, *_texts(given.get("prompt"))])
+        token = self._seam.announce(_said(given, "prompt"), _said(given, "negative_prompt"))
         try:
             result = self._base(*args, **kwargs)
-            if isinstance(result, tuple) and len(result) == 2:
-                self._seam.returned(*result)
+            self._seam.returned(*self._read(result))
             return result
         finally:
             self._seam.end_announcement(token)
@@ -79,12 +97,13 @@ def image_digests(decoded: Tensor) -> tuple[str, ...]:
     """Returns the sha256 of each image's RGB bytes, as the pipeline hands them out.
 
     Args:
-        decoded: What the autoencoder decoded, [n, 3, h, w], in [-1, 1].
+        decoded: What the autoencoder decoded, [n, 3, h, w] or, of videos, [n, 3, frames, h, w]; in [-1, 1].
 
     Returns:
-        Hex digests, equal to `sha256(image.convert("RGB").tobytes())` of the pipeline's PIL images.
+        Hex digests, equal to `sha256(image.convert("RGB").tobytes())` of the pipeline's PIL images; of a video, that of
+        its frames one after the other.
     """
-    images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+    images = (decoded * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).float().cpu()
     pixels = images.mul(255).round().to(torch.uint8).numpy()
     return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
 

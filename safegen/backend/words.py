@@ -1,0 +1,151 @@
+"""Tokenizers, as the gates need them: texts to ids as the host makes them, and ids back to words."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from safegen.transport.encoding import Token
+
+_SPACE_BESIDE_A_MARK = re.compile(r"(?<![^\W\d_]) | (?![^\W\d_])")
+
+
+class Words:
+    """One tokenizer whose ids keep a text (T5, Gemma, Qwen, Mistral, and all that keep white space).
+
+    Attributes:
+        window: Ids that the encoder reads at once.
+        vocabulary: Number of ids with a known meaning: those that the text encoder was trained with.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, size: int, length: int, before: str = "", after: str = "", special: bool = True
+    ) -> None:
+        """Takes copies of a tokenizer, whose settings stay.
+
+        A tokenizer whose padding or truncation changes cannot be used by two threads, and pipelines change them in
+        every run.
+
+        Args:
+            tokenizer: The pipeline's.
+            size: Rows of the text encoder's embedding.
+            length: Ids that rows are padded and cut to; 0 pads to the longest and cuts nothing.
+            before: What the pipeline puts before each prompt (a chat template).
+            after: What it puts behind it.
+            special: Whether the tokenizer adds begin and end by itself.
+        """
+        self._tokenizer: Any = copy.deepcopy(tokenizer)
+        self._whole: Any = copy.deepcopy(tokenizer)  # never cuts
+        self._length, self._special = length, special
+        self._before, self._after = before, after
+        self._spelled: dict[int, str] = {}  # the text of tokens that were decoded alone
+        self.window = length or 1 << 20
+        self.vocabulary = self._base_vocabulary(size)
+        self._head, self._tail = (self._plain(text) for text in (before, after))
+        self.tokenise([""])
+
+    def _base_vocabulary(self, size: int) -> int:
+        """Counts the ids with a known meaning: those below the first that was added, save the special ones."""
+        special = set(self._tokenizer.all_special_ids)
+        added = [i for i in self._tokenizer.get_added_vocab().values() if i not in special]
+        # A chat model's own markers are added tokens too, and come with the published tokenizer.
+        return min([size, *added]) if self._special and not self._before else size
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self._whole(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def tokenise(self, texts: Sequence[str]) -> Tensor:
+        """See `TextReader`."""
+        sized: dict[str, Any] = (
+            {"padding": "max_length", "max_length": self._length, "truncation": True}
+            if self._length
+            else {"padding": "longest"}
+        )
+        rows = [f"{self._before}{text}{self._after}" for text in texts]
+        return self._tokenizer(rows, return_tensors="pt", add_special_tokens=self._special, **sized).input_ids
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """Returns which ids are a text's own, [n, tokens]; the others are padding."""
+        return (ids != self._tokenizer.pad_token_id).long()
+
+    def real(self, ids: Sequence[int]) -> list[int]:
+        """Cuts a row to its own tokens: without padding, template and special tokens, wherever those stand."""
+        pad, special = self._tokenizer.pad_token_id, set(self._tokenizer.all_special_ids)
+        row = [i for i in ids if i != pad]
+        head, tail = ([i for i in part if i != pad] for part in (self._head, self._tail))
+        if head and row[: len(head)] == head:
+            row = row[len(head) :]
+        if tail and row[-len(tail) :] == tail:
+            row = row[: -len(tail)]
+        return [i for i in row if i not in special]
+
+    def tokens(self, text: str) -> tuple[Token, ...]:
+        """See `TextReader`."""
+        found = self._whole(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return tuple(Token(token, start, end) for token, (start, end) in places)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the vocabulary, in hex."""
+        return hashlib.sha256(repr(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()
+
+    def words(self, ids: Sequence[int]) -> tuple[tuple[int, str], ...]:
+        """See `TextReader`."""
+        return tuple((i, self._word(i)) for i in self.real(ids))
+
+    def _word(self, token: int) -> str:
+        if token not in self._spelled:
+            self._spelled[token] = self._decoded([token])
+        return self._spelled[token]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """See `TextReader`."""
+        return self._decoded(self.real(ids))
+
+    def readings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """See `TextReader`."""
+        return (self.text_of(ids),)
+
+    def wrote(self, text: str, ids: Sequence[int]) -> bool:
+        """Tells whether a row of ids is this text, whole or cut."""
+        held, whole = self.real(ids), [token.id for token in self.tokens(text)]
+        return held == whole[: len(held)] and (len(held) == len(whole) or len(held) > 0)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids).strip()
+
+
+class ClipWords(Words):
+    """CLIP's tokenizer, which loses the white space beside digits and marks."""
+
+    def __init__(self, tokenizer: Any, *, size: int) -> None:
+        super().__init__(tokenizer, size=size, length=int(tokenizer.model_max_length))
+
+    def real(self, ids: Sequence[int]) -> list[int]:
+        """Cuts a row to its real tokens: after the begin token, before the first end token."""
+        tokenizer = self._tokenizer
+        row = list(ids)
+        if row and row[0] == tokenizer.bos_token_id:
+            row = row[1:]
+        return row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+
+    def padded_as(self, ids: Tensor, other: ClipWords) -> Tensor:
+        """Returns the ids that another tokenizer of the same vocabulary gives: what follows the end is padding."""
+        ended = (ids == self._tokenizer.eos_token_id).int().cumsum(dim=1)
+        behind = (ended - (ids == self._tokenizer.eos_token_id).int()) > 0
+        return ids.masked_fill(behind, other._tokenizer.pad_token_id)
+
+    def readings(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """See `TextReader`. CLIP's tokens end words at every digit and mark, whether or not white space stood there."""
+        text = self.text_of(ids)
+        return tuple(dict.fromkeys((text, _SPACE_BESIDE_A_MARK.sub("", text))))
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        # A copied tokenizer shows the ends of words as they stand in its vocabulary.
+        return self._tokenizer.decode(ids).replace("</w>", " ").strip()
