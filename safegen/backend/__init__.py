@@ -6,14 +6,18 @@ from typing import Any
 
 from safegen.backend.base import Backend
 from safegen.backend.families.family import Family
+from safegen.backend.families.flux import Flux
+from safegen.backend.families.pixart import PixArt
 from safegen.backend.families.sd import StableDiffusion
+from safegen.backend.families.sd3 import StableDiffusion3
+from safegen.backend.families.sdxl import StableDiffusionXL
 from safegen.errors import UnsupportedBackendError
 
 __all__ = ["Backend", "backend_of"]
 
 _NUMBERS = ("", "_2", "_3")
 
-_FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+_FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
 
 
 def backend_of(pipe: Any) -> Backend:
