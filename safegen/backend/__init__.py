@@ -5,19 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 from safegen.backend.base import Backend
+from safegen.backend.families.auraflow import AuraFlow
 from safegen.backend.families.family import Family
 from safegen.backend.families.flux import Flux
+from safegen.backend.families.flux2 import Flux2
+from safegen.backend.families.hunyuan_dit import HunyuanDiT
+from safegen.backend.families.kandinsky5 import Kandinsky5
+from safegen.backend.families.ltx import LtxVideo
 from safegen.backend.families.pixart import PixArt
+from safegen.backend.families.qwen_image import QwenImage
+from safegen.backend.families.sana import Sana
 from safegen.backend.families.sd import StableDiffusion
 from safegen.backend.families.sd3 import StableDiffusion3
 from safegen.backend.families.sdxl import StableDiffusionXL
+from safegen.backend.families.wan import Wan
+from safegen.backend.families.z_image import ZImage
 from safegen.errors import UnsupportedBackendError
 
 __all__ = ["Backend", "backend_of"]
 
 _NUMBERS = ("", "_2", "_3")
 
-_FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
+_FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    Flux2,
+    PixArt,
+    QwenImage,
+    ZImage,
+    Sana,
+    AuraFlow,
+    HunyuanDiT,
+    Kandinsky5,
+    LtxVideo,
+    Wan,
+)
 
 
 def backend_of(pipe: Any) -> Backend:

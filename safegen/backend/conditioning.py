@@ -220,17 +220,11 @@ class TextSeam:
         if isinstance(ids, Tensor):
             rows = [tuple(row) for row in ids.tolist()]
             for states in self._backend.made(name, given, output):
-                self._remember(rows, states, given.get("attention_mask"))
+                for row_ids, row in zip(rows, states, strict=True):
+                    _keep(self._origins, fingerprint(_real(row)), row_ids)
         if _announced.get() is None:
             _last.set((self, Encoding()))
         return output
-
-    def _remember(self, ids: Sequence[tuple[int, ...]], states: Tensor, mask: object) -> None:
-        """Remembers rows, whole and without what the encoder's mask hides: hosts hand on the one or the other."""
-        for k, (row_ids, row) in enumerate(zip(ids, states, strict=True)):
-            _keep(self._origins, fingerprint(_real(row)), row_ids)
-            if isinstance(mask, Tensor) and mask.shape == (len(ids), len(row)) and not bool(mask[k].all()):
-                _keep(self._origins, fingerprint(_real(row[mask[k].bool().to(row.device)])), row_ids)
 
     def trace(self, row: Sequence[tuple[str, Tensor]], encoding: Encoding) -> Origin | None:
         """Returns where a row of conditioning came from; None where that is unknown.

@@ -77,12 +77,15 @@ class Words:
         """Cuts a row to its own tokens: without padding, template and special tokens, wherever those stand."""
         pad, special = self._tokenizer.pad_token_id, set(self._tokenizer.all_special_ids)
         row = [i for i in ids if i != pad]
-        head, tail = ([i for i in part if i != pad] for part in (self._head, self._tail))
-        if head and row[: len(head)] == head:
-            row = row[len(head) :]
-        if tail and row[-len(tail) :] == tail:
-            row = row[: -len(tail)]
+        row = row[self._shared(self._head, row) :]
+        row = row[: len(row) - self._shared(self._tail[::-1], row[::-1])]
         return [i for i in row if i not in special]
+
+    @staticmethod
+    def _shared(part: Sequence[int], row: Sequence[int]) -> int:
+        """Returns how many ids of a template a row begins with: all of them, but for one that joined the text's."""
+        same = next((k for k, (one, other) in enumerate(zip(part, row, strict=False)) if one != other), len(part))
+        return min(same, len(row)) if same >= len(part) - 1 else 0
 
     def tokens(self, text: str) -> tuple[Token, ...]:
         """See `TextReader`."""

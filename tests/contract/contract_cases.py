@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import contract_images as images
+import contract_more as more
 import torch
 from contract_images import SEQUENCE, SIZE
 from diffusers import LCMScheduler
@@ -52,7 +53,7 @@ class Case:
         if self.image:
             options |= {"image": picture(), "strength": 1.0}
         options = {"num_inference_steps": steps, "output_type": "pt", "generator": generators} | options
-        found: Any = pipe(prompt=prompts, **options)
+        found: Any = pipe(prompt=list(prompts), **options)  # some pipelines write into the list
         return torch.as_tensor(getattr(found, self.out))
 
 
@@ -69,6 +70,7 @@ OWN_WORDS = (
 
 _PIXART: dict[str, Any] = SIZE | SEQUENCE | {"use_resolution_binning": False, "clean_caption": False}
 _BOTH_CLIPS = "both CLIPs' penultimate states, each by itself"
+_CHAT_MEAN = "the mean of the chat model's states over the tokens that are read"
 _T5_MEAN = "the mean of T5's states over the tokens that are read"
 
 CASES: tuple[Case, ...] = (
@@ -98,4 +100,14 @@ CASES: tuple[Case, ...] = (
     ),
     Case("pixart-alpha", "PixArt-α", images.pixart_alpha, 20, _T5_MEAN, _PIXART, refused={"LoRA": NO_LOADER}),
     Case("pixart-sigma", "PixArt-Σ", images.pixart, 20, _T5_MEAN, _PIXART, refused={"LoRA": NO_LOADER}),
+    Case("flux2", "FLUX.2 (dev)", more.flux2, 14, _CHAT_MEAN, SIZE, refused={"training": FLOW}),
+    Case("flux2-klein", "FLUX.2 Klein", more.flux2_klein, 14, _CHAT_MEAN, SIZE, refused={"training": FLOW}),
+    Case("qwen-image", "Qwen-Image", more.qwen_image, 14, _CHAT_MEAN, SIZE, refused={"training": FLOW}),
+    Case("z-image", "Z-Image", more.z_image, 23, _CHAT_MEAN, SIZE, refused={"training": FLOW}),
+    Case("sana", "Sana", more.sana, 10, "the mean of Gemma's states over the tokens that are read", {"height": 32, "width": 32, "use_resolution_binning": False}, refused={"training": FLOW}),
+    Case("auraflow", "AuraFlow", more.auraflow, 24, _T5_MEAN, SIZE, refused={"training": FLOW}),
+    Case("hunyuan-dit", "HunyuanDiT", more.hunyuan_dit, 22, "", {"height": 64, "width": 64, "use_resolution_binning": False}, refused={"training": FLOW}),
+    Case("kandinsky5", "Kandinsky 5", more.kandinsky5, 18, "CLIP's pooled output", {"height": 64, "width": 64}, refused={"training": FLOW}, out="image"),
+    Case("ltx", "LTX-Video", more.ltx, 10, _T5_MEAN, {"height": 64, "width": 64, "num_frames": 9}, refused={"training": FLOW}, out="frames"),
+    Case("wan", "Wan 2.1", more.wan, 10, _T5_MEAN, {"height": 16, "width": 16, "num_frames": 5}, refused={"training": FLOW}, out="frames"),
 )

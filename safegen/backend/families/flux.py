@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from safegen.backend.base import Call, Capabilities, Strand
 from safegen.backend.families.clip import clip_readers, packed
 from safegen.backend.families.family import Family, reads_more, several, side, timestep_of
+from safegen.backend.families.patches import from_patches, to_patches
 from safegen.backend.families.t5 import t5_reader, t5_states
 from safegen.backend.words import Words
 
@@ -82,14 +83,13 @@ class Flux(Family):
 
     def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """See `Backend`."""
-        n, channels, height, width = x_t.shape
-        tokens = x_t.view(n, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        n, _, height, width = x_t.shape
         places = torch.zeros(height // 2, width // 2, 3, device=x_t.device, dtype=x_t.dtype)
         places[..., 1] += torch.arange(height // 2, device=x_t.device)[:, None]
         places[..., 2] += torch.arange(width // 2, device=x_t.device)[None]
         guided = self.denoiser.config.guidance_embeds
         found = self.denoiser(
-            tokens.reshape(n, -1, 4 * channels),
+            to_patches(x_t),
             encoder_hidden_states=states[:, :-1],
             pooled_projections=states[:, -1, : self.denoiser.config.pooled_projection_dim],
             timestep=t / 1000,
@@ -98,8 +98,7 @@ class Flux(Family):
             guidance=x_t.new_full((n,), _GUIDANCE) if guided else None,
             return_dict=False,
         )[0]
-        patches = found.view(n, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(n, channels, height, width)
+        return from_patches(found, x_t.shape)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See `Backend`."""
@@ -107,7 +106,13 @@ class Flux(Family):
         states = self.read(given, "encoder_hidden_states")
         pooled = self.read(given, "pooled_projections", 2)
         inputs = (states, pooled)
-        return Call(pooled[:, None], timestep_of(given), _strands(*inputs), inputs, reads_more(given))
+        more = reads_more(given) or has_references(given.get("img_ids"))
+        return Call(pooled[:, None], timestep_of(given), _strands(*inputs), inputs, more)
+
+
+def has_references(places: Any) -> bool:
+    """Tells whether there are tokens of reference images among those of the image: their first coordinate is not 0."""
+    return isinstance(places, Tensor) and bool(places[..., 0].any())
 
 
 def _strands(states: Tensor, pooled: Tensor) -> tuple[Strand, ...]:
