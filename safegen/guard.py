@@ -15,7 +15,8 @@ from safegen.backend.base import Backend
 from safegen.backend.conditioning import TextSeam
 from safegen.backend.injection import Injection
 from safegen.backend.sites import plan
-from safegen.backend.watch import EncodePromptWatch, ImageWatch
+from safegen.backend.standin import StandIn
+from safegen.backend.watch import EncodePromptWatch, ImageWatch, PartsWatch
 from safegen.bundle.store import MembraneStore
 from safegen.errors import MembraneError, SafegenError
 from safegen.gatekeeper import Decision, Gatekeeper, Installed
@@ -164,10 +165,13 @@ class Guard:
         self._text = TextSeam(backend)
         self._recorder = Recorder(log, policy, gatekeeper, injection, family=backend.family, source=_source(pipe))
         self._runs = Runs(backend, gatekeeper, injection, self._text, self._recorder)
-        self._watches = (
-            EncodePromptWatch(pipe, backend.parts, self._text, self._runs.prove, backend.returned),
-            ImageWatch(pipe, self._runs.drawn),
-        )
+        self._watched = hasattr(pipe, "encode_prompt")
+        self._parts = PartsWatch(pipe, backend.parts)
+        self._watches: list[StandIn] = []
+        if self._watched:
+            self._watches.append(EncodePromptWatch(pipe, self._parts, self._text, self._runs.prove, backend.returned))
+        if pipe.vae is not None:
+            self._watches.append(ImageWatch(pipe, self._runs.drawn))
         self._state: Literal["applied", "removed"] = "applied"
         try:
             self._attach()
@@ -180,7 +184,8 @@ class Guard:
         if self.policy.mode == "disabled":
             return
         self._injection.attach(self._runs.before, self._runs.after, self._runs.failed)
-        self._text.attach(self._runs.prove)
+        # Where no `encode_prompt` can be watched, the text encoder's own calls are the moment to look at all parts.
+        self._text.attach(self._runs.prove if self._watched else lambda: self._runs.prove(self._parts.replaced()))
         for watch in self._watches:
             watch.attach()
 

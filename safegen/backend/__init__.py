@@ -13,6 +13,7 @@ from safegen.backend.families.hunyuan_dit import HunyuanDiT
 from safegen.backend.families.kandinsky5 import Kandinsky5
 from safegen.backend.families.ltx import LtxVideo
 from safegen.backend.families.pixart import PixArt
+from safegen.backend.families.plain import PlainTorch, TorchPipeline
 from safegen.backend.families.qwen_image import QwenImage
 from safegen.backend.families.sana import Sana
 from safegen.backend.families.sd import StableDiffusion
@@ -22,7 +23,7 @@ from safegen.backend.families.wan import Wan
 from safegen.backend.families.z_image import ZImage
 from safegen.errors import UnsupportedBackendError
 
-__all__ = ["Backend", "backend_of"]
+__all__ = ["Backend", "TorchPipeline", "backend_of"]
 
 _NUMBERS = ("", "_2", "_3")
 
@@ -41,6 +42,7 @@ _FAMILIES: tuple[type[Family], ...] = (
     Kandinsky5,
     LtxVideo,
     Wan,
+    PlainTorch,
 )
 
 

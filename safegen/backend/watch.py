@@ -39,13 +39,30 @@ def _said(given: Mapping[str, Any], name: str) -> list[tuple[str, ...]]:
     return [(text, *(more[k] for more in others if k < len(more))) for k, text in enumerate(first)]
 
 
+class PartsWatch:
+    """Knows which parts of a pipeline were guarded."""
+
+    def __init__(self, pipe: Any, parts: Mapping[str, Any]) -> None:
+        self._pipe, self._parts = pipe, parts
+
+    def replaced(self) -> list[str]:
+        """Returns the names of parts in whose place there is another one now."""
+        now = {name: getattr(self._pipe, name, None) for name in self._parts}
+        # A compiled part is still the same part.
+        return [name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name]]
+
+    def on_copy(self, pipe: Any, memo: dict[int, Any]) -> PartsWatch:
+        """Returns the same for a deep copy of the pipeline, whose parts are copies of the parts."""
+        return PartsWatch(pipe, {name: memo.get(id(part), part) for name, part in self._parts.items()})
+
+
 class EncodePromptWatch(StandIn):
     """Tells the text seam which texts `pipe.encode_prompt` encodes, and which rows it returns as negative prompts."""
 
     def __init__(
         self,
         pipe: Any,
-        parts: Mapping[str, Any],
+        parts: PartsWatch,
         seam: TextSeam,
         prove: Callable[[Sequence[str]], None],
         read: Returned,
@@ -54,7 +71,7 @@ class EncodePromptWatch(StandIn):
 
         Args:
             pipe: The pipeline.
-            parts: By name, those of its parts that must be the ones that were guarded.
+            parts: Its parts, which must be the ones that were guarded.
             seam: What is told.
             prove: Called before each encoding with the names of parts that were replaced; raises where the guard is
                 not in place.
@@ -68,21 +85,16 @@ class EncodePromptWatch(StandIn):
         self._signature = inspect.signature(self._base)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """See `StandIn`. The parts of the copy are copies of the parts."""
+        """See `StandIn`."""
         twin = super().__deepcopy__(memo)
-        twin._parts = {name: memo.get(id(part), part) for name, part in self._parts.items()}
+        twin._parts = self._parts.on_copy(twin._owner, memo)
         return twin
-
-    def _replaced(self) -> list[str]:
-        now = {name: getattr(self._owner, name, None) for name in self._parts}
-        # A compiled part is still the same part.
-        return [name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Proves that the guard is in place, then runs `encode_prompt` with its texts announced."""
         if not self._active:
             return self._base(*args, **kwargs)
-        self._prove(self._replaced())
+        self._prove(self._parts.replaced())
         given = self._signature.bind(*args, **kwargs).arguments
         token = self._seam.announce(_said(given, "prompt"), _said(given, "negative_prompt"))
         try:

@@ -66,7 +66,7 @@ class Case:
         options = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
         options = {"num_inference_steps": steps, "output_type": "pt", "generator": generators} | options
         found: Any = pipe(prompt=list(prompts), **options)
-        return torch.as_tensor(getattr(found, self.out))
+        return torch.as_tensor(getattr(found, self.out) if self.out else found)
 
     def again(self, pipe: Any, kind: str = "") -> Any:
         """Another pipeline on the same parts."""
@@ -90,13 +90,17 @@ OWN_WORDS = (
     "prompt and negative prompt are encoded alike, so each is judged by its own words: a concept named in the negative "
     "prompt opens its membrane there"
 )
+MODULAR = "modular pipelines have other means for this, which the suite does not draw with"
 NO_NEGATIVE = "the pipeline takes no negative prompt"
 NO_PIPELINE = "diffusers has no such pipeline for this family"
+REFERENCE = "the model reads the image as tokens of its own, which no gate understands: every membrane opens fully"
+NO_CONTROLNET = "diffusers has no ControlNet pipeline for this family"
+NOT_DRAWN = "not drawn in the suite; a call with a ControlNet's residuals opens every membrane fully"
 NOT_FUSED = "diffusers fuses no projections of this transformer, and every site goes on being gated"
 DUAL = "diffusers cannot draw with fused projections of a dual attention block"
 MIXED_ROWS = (
-    "for several images diffusers pairs CLIP's rows and the chat model's in different orders; each row opens for what it "
-    "reads of both"
+    "for several images of several prompts diffusers orders the rows of states and of pooled vectors differently; each row "
+    "opens for what it reads of both"
 )
 
 _PIXART: dict[str, Any] = SIZE | SEQUENCE | {"use_resolution_binning": False, "clean_caption": False}
@@ -147,12 +151,32 @@ CASES: tuple[Case, ...] = (
         further={"img2img": "StableDiffusionXLImg2ImgPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"},
     ),
     Case(
+        "sdxl-modular",
+        "SDXL, modular pipeline",
+        images.sdxl_modular,
+        48,
+        _BOTH_CLIPS,
+        SIZE | {"output": "images"},
+        unguided={},
+        refused={
+            "negative prompts": OWN_WORDS,
+            "images per prompt": MIXED_ROWS,
+            "from_pipe": MODULAR,
+            "callbacks": MODULAR,
+            "img2img": MODULAR,
+            "inpaint": MODULAR,
+            "ControlNet": MODULAR,
+        },
+        out="",
+    ),
+    Case(
         "sdxl-refiner",
         "Stable Diffusion XL refiner",
         images.sdxl_refiner,
         48,
         "the second CLIP's penultimate states",
         further={"img2img": "StableDiffusionXLImg2ImgPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"},
+        refused={"ControlNet": NO_CONTROLNET},
         image=True,
     ),
     Case(
@@ -183,7 +207,7 @@ CASES: tuple[Case, ...] = (
         14,
         _CHAT_MEAN,
         SIZE,
-        refused=_only(training=FLOW, negative_prompts=NO_NEGATIVE, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
+        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, negative_prompts=NO_NEGATIVE, img2img=REFERENCE, inpaint=NO_PIPELINE),
     ),
     Case(
         "flux2-klein",
@@ -192,8 +216,7 @@ CASES: tuple[Case, ...] = (
         14,
         _CHAT_MEAN,
         SIZE,
-        refused=_only(training=FLOW, negative_prompts=NO_NEGATIVE, img2img=NO_PIPELINE),
-        further={"inpaint": "Flux2KleinInpaintPipeline"},
+        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, negative_prompts=NO_NEGATIVE, img2img=REFERENCE, inpaint=REFERENCE),
     ),
     Case(
         "pixart-alpha",
@@ -202,7 +225,7 @@ CASES: tuple[Case, ...] = (
         20,
         _T5_MEAN,
         _PIXART,
-        refused=_only(LoRA=NO_LOADER, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
+        refused=_only(ControlNet=NO_CONTROLNET, LoRA=NO_LOADER, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
     ),
     Case(
         "pixart-sigma",
@@ -211,7 +234,7 @@ CASES: tuple[Case, ...] = (
         20,
         _T5_MEAN,
         _PIXART,
-        refused=_only(LoRA=NO_LOADER, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
+        refused=_only(ControlNet=NO_CONTROLNET, LoRA=NO_LOADER, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
     ),
     Case(
         "qwen-image",
@@ -222,7 +245,7 @@ CASES: tuple[Case, ...] = (
         SIZE,
         unguided={},
         guided={"true_cfg_scale": 2.0},
-        refused=_only(training=FLOW, negative_prompts=OWN_WORDS, fused_projections=NOT_FUSED),
+        refused=_only(ControlNet=NOT_DRAWN, training=FLOW, negative_prompts=OWN_WORDS, fused_projections=NOT_FUSED),
         further={"img2img": "QwenImageImg2ImgPipeline", "inpaint": "QwenImageInpaintPipeline"},
     ),
     Case(
@@ -233,7 +256,7 @@ CASES: tuple[Case, ...] = (
         _CHAT_MEAN,
         SIZE,
         unguided={"guidance_scale": 0.0},
-        refused=_only(training=FLOW, fused_projections=NOT_FUSED),
+        refused=_only(ControlNet=NOT_DRAWN, training=FLOW, fused_projections=NOT_FUSED),
         further={"img2img": "ZImageImg2ImgPipeline", "inpaint": "ZImageInpaintPipeline"},
     ),
     Case(
@@ -243,7 +266,7 @@ CASES: tuple[Case, ...] = (
         10,
         "the mean of Gemma's states over the tokens that are read",
         {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False},
-        refused=_only(training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED),
+        refused=_only(ControlNet=NOT_DRAWN, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED),
     ),
     Case(
         "auraflow",
@@ -252,7 +275,7 @@ CASES: tuple[Case, ...] = (
         24,
         _T5_MEAN,
         SIZE,
-        refused=_only(training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
+        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
     ),
     Case(
         "hunyuan-dit",
@@ -261,7 +284,7 @@ CASES: tuple[Case, ...] = (
         22,
         "the mean of the bilingual CLIP's states over the tokens that are read",
         {"height": 64, "width": 64, "use_resolution_binning": False},
-        refused={
+        refused={"ControlNet": NOT_DRAWN, 
             "training": HUNYUAN_TRAINING,
             "negative prompts": OWN_WORDS,
             "LoRA": NO_LOADER,
@@ -276,7 +299,7 @@ CASES: tuple[Case, ...] = (
         18,
         "CLIP's pooled output",
         {"height": 64, "width": 64},
-        refused={
+        refused={"ControlNet": NO_CONTROLNET, 
             "training": FLOW,
             "negative prompts": OWN_WORDS,
             "images per prompt": MIXED_ROWS,
@@ -293,7 +316,7 @@ CASES: tuple[Case, ...] = (
         10,
         _T5_MEAN,
         {"height": 64, "width": 64, "num_frames": 9},
-        refused=_only(training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED),
+        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED),
         out="frames",
     ),
     Case(
@@ -303,7 +326,7 @@ CASES: tuple[Case, ...] = (
         10,
         _T5_MEAN,
         {"height": 16, "width": 16, "num_frames": 5},
-        refused=_only(training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
+        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE),
         out="frames",
     ),
 )

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
 from tiny import tiny_sd
 
 _UNET: dict[str, Any] = dict(
@@ -66,6 +67,15 @@ def sdxl(scheduler: Any = EulerDiscreteScheduler) -> Any:
         scheduler=scheduler(),
         add_watermarker=False,
     )
+
+
+def sdxl_modular() -> Any:
+    """The same parts in a modular pipeline, whose guider calls the denoiser once for each branch."""
+    parts = sdxl().components
+    pipe: Any = StableDiffusionXLAutoBlocks().init_pipeline()
+    pipe.update_components(**{name: part for name, part in parts.items() if name in pipe._component_specs})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def sdxl_refiner() -> Any:

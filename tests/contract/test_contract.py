@@ -149,7 +149,7 @@ def test_images_whose_encoders_rows_are_mixed_up(case: Case, tmp_path: Path, aud
     pipe = shared(case)
     plain = case.draw(pipe, PROMPTS, images=2)
     with guard(case, pipe, tmp_path, audit_key):
-        # The chat model's rows are ghost, ghost, fox, fox; CLIP's are ghost, fox, ghost, fox.
+        # The rows of states are ghost, ghost, fox, fox; those of pooled vectors are ghost, fox, ghost, fox.
         assert rowwise(case.draw(pipe, PROMPTS, images=2), plain) == [False, False, False, True]
         assert rowwise(case.draw(pipe, [FOX], images=2), case.draw(pipe, [FOX], images=2)) == [True, True]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers import AuraFlowTransformer2DModel
 from diffusers.models.transformers.auraflow_transformer_2d import (
@@ -22,7 +22,7 @@ class AuraFlow(SingleEncoder):
     """A transformer that reads T5's tokens beside the image's."""
 
     looked_for = "a `transformer` (AuraFlowTransformer2DModel) with a `text_encoder` (UMT5EncoderModel) (AuraFlow)"
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (AuraFlowJointTransformerBlock, AuraFlowSingleTransformerBlock)
+    blocks = (AuraFlowJointTransformerBlock, AuraFlowSingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=True)
 
     @staticmethod

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from diffusers.modular_pipelines import ModularPipeline
 from torch import Tensor, nn
 
 from safegen.backend.base import Call, Capabilities, Strand
@@ -15,6 +17,9 @@ from safegen.backend.sites import Sites, find_sites
 from safegen.backend.words import Words
 from safegen.errors import UnsupportedBackendError
 from safegen.transport.encoding import Token, weights_digest
+
+
+_GUIDER_CALLS = 4  # at most, in one step
 
 
 class Family(ABC):
@@ -26,13 +31,15 @@ class Family(ABC):
         capabilities: See `Backend`.
         slot: Name of the pipeline's denoiser.
         batch: Rows that a text encoder is given at once.
+        modular: Whether modular pipelines of the family are guarded too.
     """
 
     looked_for: ClassVar[str]
-    blocks: ClassVar[tuple[type[nn.Module], ...]]
-    capabilities: ClassVar[Capabilities]
+    blocks: tuple[type[nn.Module], ...]
+    capabilities: Capabilities
     slot: ClassVar[str] = "transformer"
     batch: ClassVar[int] = 64
+    modular: ClassVar[bool] = False
 
     def __init__(self, pipe: Any) -> None:
         """Takes a pipeline for which `detect` holds, with the parts that it has now.
@@ -42,6 +49,8 @@ class Family(ABC):
             NoMatchingSiteError: Its denoiser has no sites.
         """
         self.refuse(pipe)
+        if isinstance(pipe, ModularPipeline):
+            self._take_modular(pipe)
         self.pipe = pipe
         self.denoiser: Any = getattr(pipe, self.slot)
         self.readers: dict[str, Words] = self.read_by(pipe)
@@ -93,6 +102,19 @@ class Family(ABC):
         Raises:
             UnsupportedBackendError: Says what cannot be guarded.
         """
+
+    def _take_modular(self, pipe: Any) -> None:
+        """Takes a modular pipeline, whose guiders call the denoiser once for each branch of guidance.
+
+        Raises:
+            UnsupportedBackendError: Modular pipelines of this family are not guarded.
+        """
+        if not self.modular:
+            raise UnsupportedBackendError(
+                f"{type(pipe).__name__}: modular pipelines of this family are not guarded, because what their blocks do "
+                "between text encoder and denoiser has not been proved; expected its DiffusionPipeline"
+            )
+        self.capabilities = replace(self.capabilities, negatives=False, calls=_GUIDER_CALLS)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """See `Backend`."""
@@ -225,7 +247,7 @@ def reads_more(given: Mapping[str, Any]) -> bool:
         return True
     options = [given.get(name) or {} for name in ("added_cond_kwargs", "cross_attention_kwargs")]
     options += [given.get(name) or {} for name in ("joint_attention_kwargs", "attention_kwargs")]
-    return any(name in found for found in options for name in ("image_embeds", "gligen", *_IP_ADAPTER))
+    return any(found.get(name) is not None for found in options for name in ("image_embeds", "gligen", *_IP_ADAPTER))
 
 
 def masked(states: Tensor, mask: Tensor | None) -> Tensor:

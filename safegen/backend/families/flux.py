@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -34,7 +34,7 @@ class Flux(Family):
         "a `transformer` (FluxTransformer2DModel) with a `text_encoder` (CLIPTextModel) and a `text_encoder_2` "
         "(T5EncoderModel) (FLUX.1)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (FluxTransformerBlock, FluxSingleTransformerBlock)
+    blocks = (FluxTransformerBlock, FluxSingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=False, calls=2)
 
     @staticmethod

@@ -30,7 +30,7 @@ class Flux2(SingleEncoder):
         "a `transformer` (Flux2Transformer2DModel) with a `text_encoder` (Mistral3ForConditionalGeneration, or "
         "Qwen3ForCausalLM) (FLUX.2)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
+    blocks = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=False, calls=2)
     batch = 4
     options: ClassVar[dict[str, Any]] = {"output_hidden_states": True, "use_cache": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import HunyuanDiT2DModel
@@ -32,7 +32,7 @@ class HunyuanDiT(Family):
         "a `transformer` (HunyuanDiT2DModel) with a `text_encoder` (BertModel) and a `text_encoder_2` (T5EncoderModel) "
         "(HunyuanDiT)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (HunyuanDiTBlock,)
+    blocks = (HunyuanDiTBlock,)
     capabilities = Capabilities(trains=False, negatives=False)
 
     @staticmethod

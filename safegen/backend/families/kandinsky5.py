@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import Kandinsky5Transformer3DModel
@@ -33,7 +33,7 @@ class Kandinsky5(Family):
         "a `transformer` (Kandinsky5Transformer3DModel) with a `text_encoder` (Qwen2_5_VLForConditionalGeneration) and a "
         "`text_encoder_2` (CLIPTextModel) (Kandinsky 5)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (
+    blocks = (
         Kandinsky5TransformerEncoderBlock,
         Kandinsky5TransformerDecoderBlock,
     )

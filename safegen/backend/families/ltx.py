@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers import LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
@@ -22,7 +22,7 @@ class LtxVideo(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
     looked_for = "a `transformer` (LTXVideoTransformer3DModel) with a `text_encoder` (T5EncoderModel) (LTX-Video)"
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (LTXVideoTransformerBlock,)
+    blocks = (LTXVideoTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
     mask = "encoder_attention_mask"
     told = False

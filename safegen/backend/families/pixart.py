@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -21,7 +21,7 @@ class PixArt(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
     looked_for = "a `transformer` (PixArtTransformer2DModel) with a `text_encoder` (T5EncoderModel) (PixArt-α, PixArt-Σ)"
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (BasicTransformerBlock,)
+    blocks = (BasicTransformerBlock,)
     capabilities = Capabilities(trains=True, negatives=True)
     mask = "encoder_attention_mask"
 

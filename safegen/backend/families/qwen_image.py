@@ -24,7 +24,7 @@ class QwenImage(SingleEncoder):
         "a `transformer` (QwenImageTransformer2DModel) with a `text_encoder` (Qwen2_5_VLForConditionalGeneration) "
         "(Qwen-Image)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (QwenImageTransformerBlock,)
+    blocks = (QwenImageTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=False, calls=2)
     batch = 4
     mask = "encoder_hidden_states_mask"

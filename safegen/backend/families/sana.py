@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers import SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
@@ -28,7 +28,7 @@ class Sana(SingleEncoder):
     """A transformer that reads Gemma's tokens through cross-attention. Grouped convolutions are no sites."""
 
     looked_for = "a `transformer` (SanaTransformer2DModel) with a `text_encoder` (Gemma2Model) and a `tokenizer` (Sana)"
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (SanaTransformerBlock,)
+    blocks = (SanaTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
     mask = "encoder_attention_mask"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -31,7 +31,7 @@ class StableDiffusion(Family):
         "a `unet` (UNet2DConditionModel) with one `text_encoder` (CLIPTextModel) and a `tokenizer` (Stable Diffusion "
         "1.x, 2.x and models of the same architecture)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (Transformer2DModel,)
+    blocks = (Transformer2DModel,)
     capabilities = Capabilities(trains=True, negatives=True)
     slot = "unet"
 

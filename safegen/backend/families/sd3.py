@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -34,7 +34,7 @@ class StableDiffusion3(Family):
         "a `transformer` (SD3Transformer2DModel) with `text_encoder` and `text_encoder_2` (CLIPTextModelWithProjection) "
         "and, where there is one, `text_encoder_3` (T5EncoderModel) (Stable Diffusion 3, 3.5)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (JointTransformerBlock, SD3SingleTransformerBlock)
+    blocks = (JointTransformerBlock, SD3SingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=True)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,9 +32,10 @@ class StableDiffusionXL(Family):
         "a `unet` (UNet2DConditionModel, `addition_embed_type: text_time`) with a `text_encoder_2` "
         "(CLIPTextModelWithProjection), and a `text_encoder` (CLIPTextModel) except in the refiner (Stable Diffusion XL)"
     )
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (Transformer2DModel,)
+    blocks = (Transformer2DModel,)
     capabilities = Capabilities(trains=True, negatives=True)
     slot = "unet"
+    modular = True
 
     @staticmethod
     def detect(pipe: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -23,7 +23,7 @@ class Wan(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
     looked_for = "one `transformer` (WanTransformer3DModel) with a `text_encoder` (UMT5EncoderModel) (Wan 2.1)"
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (WanTransformerBlock,)
+    blocks = (WanTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True, calls=2)
     result = (2, 0, 1)
 

@@ -22,7 +22,7 @@ class ZImage(SingleEncoder):
     """A transformer that reads a list of the chat model's states, one [tokens, width] per row."""
 
     looked_for = "a `transformer` (ZImageTransformer2DModel) with a `text_encoder` (Qwen3Model) (Z-Image)"
-    blocks: ClassVar[tuple[type[nn.Module], ...]] = (ZImageTransformerBlock,)
+    blocks = (ZImageTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
     batch = 4
     options: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
