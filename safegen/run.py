@@ -180,9 +180,9 @@ class Runs:
     def _followed(self, call: Call) -> Run:
         """Returns the run that a call belongs to: the one in progress, or a new one.
 
-        A run goes down in timesteps, with one call a step or with one for each branch of guidance. What was encoded since
-        the last call, and conditioning that changed (step callbacks, prompt scheduling), is decided on and recorded
-        again.
+        A run goes down in timesteps, with one call a step or with one for each branch of guidance. What was encoded
+        since the last call, and conditioning that changed (step callbacks, prompt scheduling), is decided on and
+        recorded again.
         """
         run, seen = _current.get(), self._seam.last()
         if run is None or run.owner is not self or run.closed or self._starts_again(call, run, seen):

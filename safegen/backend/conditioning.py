@@ -3,8 +3,8 @@
 The denoiser sees embeddings; lexical evidence needs the words. Each row that the text encoder returns is remembered by
 a fingerprint of its bytes together with its token ids, so that a row that reaches the denoiser later (repeated for
 several images, joined with the unconditional rows) can be traced to its text. Where several text encoders feed one
-denoiser, a row is known when what it holds of each of them is. A row with no known origin stays unknown, and the policy's
-`on_unknown` decides.
+denoiser, a row is known when what it holds of each of them is. A row with no known origin stays unknown, and the
+policy's `on_unknown` decides.
 
 Which row is a negative prompt is not a property of the row: the same words can be a prompt in one call and a negative
 prompt in the next, or in another thread at the same time. It is known per call, from what `encode_prompt` returned.
@@ -39,7 +39,7 @@ class Origin:
         ids: Token ids of the encoder that the gate reads.
         text: The caller's own text where the pipeline's `encode_prompt` was seen; None where only the ids are known.
         negative: Whether this call of the pipeline uses it as a negative (or empty unconditional) prompt.
-        others: Further texts that the row holds: what its other encoders read, where that is another text or more of it.
+        others: Further texts that the row holds: what its other encoders read, where that is another text or more.
     """
 
     ids: tuple[int, ...]

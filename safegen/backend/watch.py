@@ -20,7 +20,6 @@ from safegen.backend.base import Strand
 from safegen.backend.conditioning import TextSeam
 from safegen.backend.standin import StandIn
 
-
 _NUMBERS = ("", "_2", "_3", "_4")  # of the arguments of pipelines with several text encoders
 
 Returned = Callable[[Any], tuple[Sequence[Strand], Sequence[Strand]]]

@@ -212,9 +212,14 @@ class Gate:
         graded: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
         if "direction" in wanted:
-            graded["direction"] = self._over_chunks(sound, lambda part, view: direction(view.change(part), view.changes))
+            graded["direction"] = self._over_chunks(
+                sound, lambda part, view: direction(view.change(part), view.changes)
+            )
         if "paper" in wanted:
-            parts = {"clipcos": self._over_chunks(sound, lambda part, view: view.cosine(part)), "token": self._overlap(ids, texts)}
+            parts = {
+                "clipcos": self._over_chunks(sound, lambda part, view: view.cosine(part)),
+                "token": self._overlap(ids, texts),
+            }
             graded["paper"] = torch.maximum(parts["clipcos"], parts["token"])
         if "semantic" in wanted:
             graded["semantic"] = self._semantic(texts)
@@ -231,7 +236,7 @@ class Gate:
         return Reading(graded, parts, hits, gamma, phrases, shared, known, finite.tolist())
 
     def _over_chunks(self, states: Tensor, score: Callable[[Tensor, _View], Tensor]) -> Tensor:
-        """Returns the largest score over the names of each target, views and the chunks of each row, [rows, targets]."""
+        """Returns the largest score over the names of each target, over views and chunks, [rows, targets]."""
         chunks: list[Tensor] = []
         for view, part in zip(self._views, self._reader.views(states), strict=True):
             tokens, width = part.shape[1], len(view.empty)

@@ -81,7 +81,7 @@ def test_rows_are_gated(negatives: list[str] | None, tmp_path: Path, audit_key: 
     assert same_state(before, state_of(pipe.denoiser, pipe.text_encoder))
     assert torch.equal(draw(pipe, ["a ghost", "a fox"], negatives), base)
     drawn = records(tmp_path, "generated")
-    assert [[m.opened for m in record.membranes] for record in drawn] == [[True], [False]]
+    assert [[m.opened for m in record.membranes or ()] for record in drawn] == [[True], [False]]
     assert drawn[0].attest is not None
     assert drawn[0].attest.calls == (3 if negatives is None else 6)
 

@@ -99,8 +99,8 @@ NOT_DRAWN = "not drawn in the suite; a call with a ControlNet's residuals opens 
 NOT_FUSED = "diffusers fuses no projections of this transformer, and every site goes on being gated"
 DUAL = "diffusers cannot draw with fused projections of a dual attention block"
 MIXED_ROWS = (
-    "for several images of several prompts diffusers orders the rows of states and of pooled vectors differently; each row "
-    "opens for what it reads of both"
+    "for several images of several prompts diffusers orders the rows of states and of pooled vectors differently; each "
+    "row opens for what it reads of both"
 )
 
 _PIXART: dict[str, Any] = SIZE | SEQUENCE | {"use_resolution_binning": False, "clean_caption": False}
@@ -207,7 +207,13 @@ CASES: tuple[Case, ...] = (
         14,
         _CHAT_MEAN,
         SIZE,
-        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, negative_prompts=NO_NEGATIVE, img2img=REFERENCE, inpaint=NO_PIPELINE),
+        refused=_only(
+            ControlNet=NO_CONTROLNET,
+            training=FLOW,
+            negative_prompts=NO_NEGATIVE,
+            img2img=REFERENCE,
+            inpaint=NO_PIPELINE,
+        ),
     ),
     Case(
         "flux2-klein",
@@ -216,7 +222,9 @@ CASES: tuple[Case, ...] = (
         14,
         _CHAT_MEAN,
         SIZE,
-        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, negative_prompts=NO_NEGATIVE, img2img=REFERENCE, inpaint=REFERENCE),
+        refused=_only(
+            ControlNet=NO_CONTROLNET, training=FLOW, negative_prompts=NO_NEGATIVE, img2img=REFERENCE, inpaint=REFERENCE
+        ),
     ),
     Case(
         "pixart-alpha",
@@ -266,7 +274,9 @@ CASES: tuple[Case, ...] = (
         10,
         "the mean of Gemma's states over the tokens that are read",
         {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False},
-        refused=_only(ControlNet=NOT_DRAWN, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED),
+        refused=_only(
+            ControlNet=NOT_DRAWN, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED
+        ),
     ),
     Case(
         "auraflow",
@@ -284,7 +294,8 @@ CASES: tuple[Case, ...] = (
         22,
         "the mean of the bilingual CLIP's states over the tokens that are read",
         {"height": 64, "width": 64, "use_resolution_binning": False},
-        refused={"ControlNet": NOT_DRAWN, 
+        refused={
+            "ControlNet": NOT_DRAWN,
             "training": HUNYUAN_TRAINING,
             "negative prompts": OWN_WORDS,
             "LoRA": NO_LOADER,
@@ -299,7 +310,8 @@ CASES: tuple[Case, ...] = (
         18,
         "CLIP's pooled output",
         {"height": 64, "width": 64},
-        refused={"ControlNet": NO_CONTROLNET, 
+        refused={
+            "ControlNet": NO_CONTROLNET,
             "training": FLOW,
             "negative prompts": OWN_WORDS,
             "images per prompt": MIXED_ROWS,
@@ -316,7 +328,13 @@ CASES: tuple[Case, ...] = (
         10,
         _T5_MEAN,
         {"height": 64, "width": 64, "num_frames": 9},
-        refused=_only(ControlNet=NO_CONTROLNET, training=FLOW, img2img=NO_PIPELINE, inpaint=NO_PIPELINE, fused_projections=NOT_FUSED),
+        refused=_only(
+            ControlNet=NO_CONTROLNET,
+            training=FLOW,
+            img2img=NO_PIPELINE,
+            inpaint=NO_PIPELINE,
+            fused_projections=NOT_FUSED,
+        ),
         out="frames",
     ),
     Case(

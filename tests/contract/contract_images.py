@@ -48,7 +48,11 @@ def sd2() -> Any:
 
 
 def _sdxl_unet(width: int, sizes: int) -> Any:
-    shape = _UNET | {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "cross_attention_dim": width}
+    shape: dict[str, Any] = _UNET | {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "cross_attention_dim": width,
+    }
     return UNet2DConditionModel(**shape, projection_class_embeddings_input_dim=24 + 4 * sizes).eval()
 
 

@@ -89,7 +89,12 @@ def sana() -> Any:
     }
     autoencoder = AutoencoderDC(latent_channels=4, attention_head_dim=2, **sizes).eval()
     return made(
-        SanaPipeline, transformer=transformer, scheduler=flow(), vae=autoencoder, text_encoder=encoder, tokenizer=tokenizer
+        SanaPipeline,
+        transformer=transformer,
+        scheduler=flow(),
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
     )
 
 
@@ -107,13 +112,28 @@ def auraflow() -> Any:
     ).eval()
     encoder, tokenizer = t5(16, UMT5EncoderModel, UMT5Config)
     return made(
-        AuraFlowPipeline, transformer=transformer, scheduler=flow(), vae=vae(), text_encoder=encoder, tokenizer=tokenizer
+        AuraFlowPipeline,
+        transformer=transformer,
+        scheduler=flow(),
+        vae=vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
     )
 
 
 def _qwen_vl(size: int) -> Any:
-    text = _LM | {"vocab_size": size, "num_hidden_layers": 1, "rope_scaling": {"mrope_section": [1, 1, 2], "type": "mrope"}}
-    vision: dict[str, Any] = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    text = _LM | {
+        "vocab_size": size,
+        "num_hidden_layers": 1,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "type": "mrope"},
+    }
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 1,
+        "out_hidden_size": 16,
+    }
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
 
 
@@ -315,7 +335,12 @@ def ltx() -> Any:
     }
     autoencoder = AutoencoderKLLTXVideo(latent_channels=8, **blocks).eval()
     return made(
-        LTXPipeline, transformer=transformer, scheduler=flow(), vae=autoencoder, text_encoder=encoder, tokenizer=tokenizer
+        LTXPipeline,
+        transformer=transformer,
+        scheduler=flow(),
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
     )
 
 
@@ -336,5 +361,10 @@ def wan() -> Any:
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     ).eval()
     return made(
-        WanPipeline, transformer=transformer, scheduler=flow(), vae=autoencoder, text_encoder=encoder, tokenizer=tokenizer
+        WanPipeline,
+        transformer=transformer,
+        scheduler=flow(),
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
     )

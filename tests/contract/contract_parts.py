@@ -55,7 +55,10 @@ def chat_tokenizer(*, left: bool = False) -> Any:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer: Any = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left" if left else "right"
+        tokenizer_object=inner,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left" if left else "right",
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = CHAT

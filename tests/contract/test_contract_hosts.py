@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import NOT_FUSED, FOX, PROMPTS, Case, base_images, feature, membrane_for, picture, refusing, shared
+from contract_cases import FOX, NOT_FUSED, PROMPTS, Case, base_images, feature, membrane_for, picture, refusing, shared
 from PIL import Image
 from tiny import applied, random_membrane, records, rowwise
 from torch import Tensor
@@ -112,7 +112,7 @@ def test_offload(case: Case, first: str, tmp_path: Path, audit_key: HmacKey) -> 
         assert rowwise(case.draw(pipe, PROMPTS), base_images(case)) == [False, True]
 
 
-@feature("callbacks", "step callbacks go on working; prompt embeddings that they change are gated again")
+@feature("callbacks", "step callbacks go on working")
 def test_callbacks(case: Case, tmp_path: Path, audit_key: HmacKey) -> None:
     pipe = shared(case)
     steps: list[int] = []
@@ -191,5 +191,3 @@ def test_inpainting(case: Case, tmp_path: Path, audit_key: HmacKey) -> None:
     plain = draw(pipe)
     with guard(case, pipe, tmp_path, audit_key):
         assert rowwise(draw(pipe), plain) == [False, True]
-
-

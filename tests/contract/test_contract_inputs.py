@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def of_sd3(pipe: Any) -> Any:
 
 
 def of_flux(pipe: Any) -> Any:
-    sizes: dict[str, int] = {"attention_head_dim": 16, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2}
     return FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=1, **sizes)
 
 
@@ -70,9 +71,10 @@ def test_a_controlnet_opens_everything(case: Case, tmp_path: Path, audit_key: Hm
     pipe = shared(case)
     other = controlled(case, pipe)
     name = "control_image" if hasattr(pipe, "transformer") or "Img2Img" in type(other).__name__ else "image"
-    plain = case.draw(other, PROMPTS, **{name: [picture(), picture()]})
+    given: dict[str, Any] = {name: [picture(), picture()]}
+    plain = case.draw(other, PROMPTS, **given)
     with guard(case, pipe, tmp_path, audit_key):
-        assert rowwise(case.draw(other, PROMPTS, **{name: [picture(), picture()]}), plain) == [False, False]
+        assert rowwise(case.draw(other, PROMPTS, **given), plain) == [False, False]
     assert all(record.inputs == ("embeds_only",) for record in records(tmp_path, "gated"))
 
 
@@ -103,9 +105,9 @@ def test_what_comes_beside_the_prompts_is_foreign(case: Case) -> None:
         del backend.denoiser.__dict__["forward"]
     args, kwargs = calls[0]
     assert not backend.call(args, kwargs).foreign
-    parameters = type(backend.denoiser).forward.__code__.co_varnames[: type(backend.denoiser).forward.__code__.co_argcount]
-    more = [n for n in parameters if "controlnet" in n or "additional_residual" in n or n in ("siglip_feats", "kv_cache")]
-    more = [n for n in (*more, *("encoder_hidden_states_image",) * ("encoder_hidden_states_image" in parameters)) if n != "controlnet_blocks_repeat"]
+    parameters = set(inspect.signature(type(backend.denoiser).forward).parameters) - {"controlnet_blocks_repeat"}
+    known = ("siglip_feats", "kv_cache", "encoder_hidden_states_image")
+    more = [n for n in parameters if "controlnet" in n or "additional_residual" in n or n in known]
     for name in more:
         assert backend.call(args, kwargs | {name: [torch.zeros(1)]}).foreign, name
     for holder in ("added_cond_kwargs", "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"):
@@ -129,7 +131,13 @@ def test_an_object_of_no_family_is_refused_with_what_was_looked_for() -> None:
     with pytest.raises(UnsupportedBackendError) as found:
         backend_of(Drawer())
     text = str(found.value)
-    for name in ("Drawer", "UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel", "none of these parts"):
+    for name in (
+        "Drawer",
+        "UNet2DConditionModel",
+        "FluxTransformer2DModel",
+        "WanTransformer3DModel",
+        "none of these parts",
+    ):
         assert name in text
 
 

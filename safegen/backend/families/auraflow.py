@@ -9,7 +9,7 @@ from diffusers.models.transformers.auraflow_transformer_2d import (
     AuraFlowJointTransformerBlock,
     AuraFlowSingleTransformerBlock,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from safegen.backend.base import Capabilities
 from safegen.backend.families.family import side

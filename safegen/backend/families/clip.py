@@ -29,8 +29,8 @@ def clip_readers(pipe: Any, names: Sequence[str]) -> dict[str, Words]:
     digests = {reader.digest for reader in readers.values()}
     if len(digests) > 1:
         raise UnsupportedBackendError(
-            f"the tokenizers of {', '.join(names)} have different vocabularies; expected CLIP's own for all of them, as "
-            "in the published models of this family"
+            f"the tokenizers of {', '.join(names)} have different vocabularies; expected CLIP's own for all of "
+            "them, as in the published models of this family"
         )
     return readers
 

@@ -18,7 +18,6 @@ from safegen.backend.words import Words
 from safegen.errors import UnsupportedBackendError
 from safegen.transport.encoding import Token, weights_digest
 
-
 _GUIDER_CALLS = 4  # at most, in one step
 
 
@@ -96,7 +95,7 @@ class Family(ABC):
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See `Backend`."""
 
-    def refuse(self, pipe: Any) -> None:
+    def refuse(self, pipe: Any) -> None:  # noqa: B027 - most families refuse nothing
         """Refuses a pipeline of the family that would not be guarded whole; by default none.
 
         Raises:
@@ -111,8 +110,8 @@ class Family(ABC):
         """
         if not self.modular:
             raise UnsupportedBackendError(
-                f"{type(pipe).__name__}: modular pipelines of this family are not guarded, because what their blocks do "
-                "between text encoder and denoiser has not been proved; expected its DiffusionPipeline"
+                f"{type(pipe).__name__}: modular pipelines of this family are not guarded, because what their blocks "
+                "do between text encoder and denoiser has not been proved; expected its DiffusionPipeline"
             )
         self.capabilities = replace(self.capabilities, negatives=False, calls=_GUIDER_CALLS)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from safegen.backend.base import Call, Capabilities, Strand

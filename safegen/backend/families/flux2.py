@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from safegen.backend.base import Call, Capabilities
@@ -33,7 +34,7 @@ class Flux2(SingleEncoder):
     blocks = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=False, calls=2)
     batch = 4
-    options: ClassVar[dict[str, Any]] = {"output_hidden_states": True, "use_cache": False}
+    options: ClassVar[Mapping[str, Any]] = {"output_hidden_states": True, "use_cache": False}
     result = (2, 0, -1)
 
     @staticmethod

@@ -38,11 +38,7 @@ class HunyuanDiT(Family):
     @staticmethod
     def detect(pipe: Any) -> bool:
         """See `Family`."""
-        return (
-            side(pipe, "transformer", HunyuanDiT2DModel)
-            and side(pipe, _BERT, BertModel)
-            and side(pipe, _T5, T5)
-        )
+        return side(pipe, "transformer", HunyuanDiT2DModel) and side(pipe, _BERT, BertModel) and side(pipe, _T5, T5)
 
     def read_by(self, pipe: Any) -> dict[str, Words]:
         """See `Family`."""

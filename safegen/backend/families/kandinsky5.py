@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_kandinsky import (
     Kandinsky5TransformerDecoderBlock,
     Kandinsky5TransformerEncoderBlock,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, Qwen2_5_VLForConditionalGeneration
 
 from safegen.backend.base import Call, Capabilities, Strand
@@ -30,8 +30,8 @@ class Kandinsky5(Family):
     """
 
     looked_for = (
-        "a `transformer` (Kandinsky5Transformer3DModel) with a `text_encoder` (Qwen2_5_VLForConditionalGeneration) and a "
-        "`text_encoder_2` (CLIPTextModel) (Kandinsky 5)"
+        "a `transformer` (Kandinsky5Transformer3DModel) with a `text_encoder` (Qwen2_5_VLForConditionalGeneration) and "
+        "a `text_encoder_2` (CLIPTextModel) (Kandinsky 5)"
     )
     blocks = (
         Kandinsky5TransformerEncoderBlock,

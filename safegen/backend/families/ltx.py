@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from safegen.backend.base import Capabilities
 from safegen.backend.families.family import mask_of, side

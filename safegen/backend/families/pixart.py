@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from safegen.backend.base import Capabilities
 from safegen.backend.families.family import mask_of, side
@@ -20,7 +20,9 @@ _LENGTHS = {"PixArtAlpha": 120}  # default of max_sequence_length; 300 elsewhere
 class PixArt(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
-    looked_for = "a `transformer` (PixArtTransformer2DModel) with a `text_encoder` (T5EncoderModel) (PixArt-α, PixArt-Σ)"
+    looked_for = (
+        "a `transformer` (PixArtTransformer2DModel) with a `text_encoder` (T5EncoderModel) (PixArt-α, PixArt-Σ)"
+    )
     blocks = (BasicTransformerBlock,)
     capabilities = Capabilities(trains=True, negatives=True)
     mask = "encoder_attention_mask"

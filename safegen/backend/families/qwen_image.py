@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from safegen.backend.base import Capabilities
@@ -28,7 +29,7 @@ class QwenImage(SingleEncoder):
     capabilities = Capabilities(trains=False, negatives=False, calls=2)
     batch = 4
     mask = "encoder_hidden_states_mask"
-    options: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
+    options: ClassVar[Mapping[str, Any]] = {"output_hidden_states": True}
     result = (2, 0, -1)
 
     @staticmethod

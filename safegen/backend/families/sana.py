@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from safegen.backend.base import Capabilities

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from safegen.backend.base import Call, Capabilities, Strand

@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from safegen.backend.base import Call, Capabilities, Strand
@@ -31,8 +31,9 @@ class StableDiffusion3(Family):
     """
 
     looked_for = (
-        "a `transformer` (SD3Transformer2DModel) with `text_encoder` and `text_encoder_2` (CLIPTextModelWithProjection) "
-        "and, where there is one, `text_encoder_3` (T5EncoderModel) (Stable Diffusion 3, 3.5)"
+        "a `transformer` (SD3Transformer2DModel) with `text_encoder` and `text_encoder_2` "
+        "(CLIPTextModelWithProjection) and, "
+        "where there is one, `text_encoder_3` (T5EncoderModel) (Stable Diffusion 3, 3.5)"
     )
     blocks = (JointTransformerBlock, SD3SingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=True)

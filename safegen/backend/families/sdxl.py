@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.backend.base import Call, Capabilities, Strand
@@ -30,7 +30,7 @@ class StableDiffusionXL(Family):
 
     looked_for = (
         "a `unet` (UNet2DConditionModel, `addition_embed_type: text_time`) with a `text_encoder_2` "
-        "(CLIPTextModelWithProjection), and a `text_encoder` (CLIPTextModel) except in the refiner (Stable Diffusion XL)"
+        "(CLIPTextModelWithProjection), and a `text_encoder` (CLIPTextModel) except in the refiner (SDXL)"
     )
     blocks = (Transformer2DModel,)
     capabilities = Capabilities(trains=True, negatives=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from safegen.backend.base import Call, Capabilities
 from safegen.backend.families.family import side

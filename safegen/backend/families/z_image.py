@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from safegen.backend.base import Call, Capabilities, Strand
@@ -25,7 +26,7 @@ class ZImage(SingleEncoder):
     blocks = (ZImageTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
     batch = 4
-    options: ClassVar[dict[str, Any]] = {"output_hidden_states": True}
+    options: ClassVar[Mapping[str, Any]] = {"output_hidden_states": True}
     result = (2, 0, 1)
 
     @staticmethod
