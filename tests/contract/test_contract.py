@@ -155,11 +155,16 @@ def test_images_whose_encoders_rows_are_mixed_up(case: Case, tmp_path: Path, aud
         assert rowwise(case.draw(pipe, [FOX], images=2), case.draw(pipe, [FOX], images=2)) == [True, True]
 
 
+def negative(case: Case, text: str) -> dict[str, Any]:
+    """Arguments of a call with a negative prompt."""
+    return {**case.guided, "negative_prompt": [text]}
+
+
 @feature("negative prompts", "a concept named in the negative prompt opens nothing")
 def test_a_negative_prompt_opens_nothing(case: Case, tmp_path: Path, audit_key: HmacKey) -> None:
     pipe = shared(case)
     assert backend_of(pipe).capabilities.negatives
-    options, other = ({**case.guided, "negative_prompt": [text]} for text in (GHOST, FOX))
+    options, other = negative(case, GHOST), negative(case, FOX)
     plain = case.draw(pipe, [FOX], **options)
     assert not torch.equal(plain, case.draw(pipe, [FOX], **other))
     with guard(case, pipe, tmp_path, audit_key):
@@ -170,7 +175,7 @@ def test_a_negative_prompt_opens_nothing(case: Case, tmp_path: Path, audit_key: 
 def test_a_negative_prompt_is_judged_by_its_own_words(case: Case, tmp_path: Path, audit_key: HmacKey) -> None:
     pipe = shared(case)
     assert not backend_of(pipe).capabilities.negatives
-    named, other = ({**case.guided, "negative_prompt": [text]} for text in (GHOST, "a robot"))
+    named, other = negative(case, GHOST), negative(case, "a robot")
     plain, kept = case.draw(pipe, [FOX], **named), case.draw(pipe, [FOX], **other)
     with guard(case, pipe, tmp_path, audit_key):
         assert not torch.equal(case.draw(pipe, [FOX], **named), plain)

@@ -18,6 +18,7 @@ from torch import Tensor
 from safegen.audit import HmacKey
 from safegen.backend import backend_of
 from safegen.backend.sites import plan
+from safegen.cli.host import BaseModel
 from safegen.errors import AttestationError, CoverageError
 from safegen.guard import Guard
 from safegen.membrane.file import read_membrane, write_membrane
@@ -36,10 +37,9 @@ def lora(case: Case, folder: Path) -> Path:
     pipe = shared(case)
     backend = backend_of(pipe)
     membrane = random_membrane(pipe, concept="other", seed=5, size=0.1)
-    component: Any = "unet" if hasattr(pipe, "unet") else "transformer"
-    names = plan(membrane, backend.sites, backend.family)
+    model = BaseModel(backend.family, backend.denoiser, backend.sites)
     path = folder / "lora.safetensors"
-    write_peft(membrane, path, names, component=component)
+    write_peft(membrane, path, model.names(membrane), component=model.component)
     return path
 
 

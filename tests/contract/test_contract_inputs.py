@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import PROMPTS, REFERENCE, Case, every, feature, membrane_for, picture, refusing, shared
+from contract_cases import CASES, PROMPTS, REFERENCE, Case, every, feature, membrane_for, picture, refusing, shared
 from diffusers import (
     ControlNetModel,
     FluxControlNetModel,
@@ -148,3 +148,31 @@ def test_a_pipeline_with_two_denoisers_is_refused() -> None:
     pipe.register_modules(transformer_2=pipe.transformer)
     with pytest.raises(UnsupportedBackendError, match="two denoisers"):
         backend_of(pipe)
+
+
+LONG = " ".join(["a fox in the style of a photo of a robot and"] * 2) + " a ghost"  # CLIP's window here is 16 tokens
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_what_t5_alone_reads_past_clips_window_opens(rebuilt: bool, tmp_path: Path, audit_key: HmacKey) -> None:
+    (case,) = [case for case in CASES if case.name == "flux1"]
+    pipe = shared(case)
+    long: dict[str, Any] = {"max_sequence_length": 48}
+    plain = case.draw(pipe, [LONG], **long)
+    with guard(case, pipe, tmp_path, audit_key):
+        assert not torch.equal(case.draw(case.again(pipe) if rebuilt else pipe, [LONG], **long), plain)
+    (record,) = records(tmp_path, "gated")
+    assert [hit.concept for hit in record.hits or ()] == ["ghost"]
+
+
+def test_an_encoder_that_is_left_out_hides_nothing(tmp_path: Path, audit_key: HmacKey) -> None:
+    """CLIP's pooled vector is 0, and T5's states say the rest."""
+    (case,) = [case for case in CASES if case.name == "flux1"]
+    pipe = shared(case)
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.full((2,), 500.0)
+    with guard(case, pipe, tmp_path, audit_key), torch.no_grad():
+        states = backend_of(pipe).condition(PROMPTS)
+        states[:, -1] = 0
+        found = backend_of(pipe).predict(x, t, states)
+    assert rowwise(found, backend_of(pipe).predict(x, t, states)) == [False, True]
