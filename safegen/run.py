@@ -35,6 +35,7 @@ class Branch:
         decisions: One per row.
         opening: What the membranes do to its rows; nothing where the policy only observes.
         timestep: Timestep of its last call.
+        turn: How many calls of the run came before that one.
         effects: Sum of measured effects, [rows, membranes].
         measured: How many calls `effects` sums over.
         calls: Calls with it so far.
@@ -47,6 +48,7 @@ class Branch:
     decisions: list[Decision]
     opening: Opening
     timestep: float
+    turn: int = 0
     effects: Tensor = field(default_factory=lambda: torch.zeros(0))
     measured: int = 0
     calls: int = 0
@@ -106,7 +108,7 @@ class Run:
 
     def drawn_with(self) -> Branch:
         """Returns the conditioning that the images follow: of those of the last step, the first that holds prompts."""
-        last = [branch for branch in self.branches if branch.timestep == self.timestep]
+        last = sorted((b for b in self.branches if b.timestep == self.timestep), key=lambda branch: branch.turn)
         return next((branch for branch in last if not _negative(branch.origins)), last[0])
 
 
@@ -145,6 +147,7 @@ class Runs:
         run = self._followed(call)
         branch = run.branch
         run.timestep = branch.timestep = call.timestep
+        branch.turn = run.calls
         _current.set(run)
         return branch.opening.again(measure=branch.calls % _MEASURED_EVERY == 0 or not branch.measured)
 
@@ -192,8 +195,10 @@ class Runs:
             branch = self._gate(call, request := f"req-{uuid.uuid4().hex}", encoding)
             return Run(self, request, seen, encoding, time.perf_counter(), call.timestep, [branch], branch)
         if seen is run.seen:
-            known = next((b for b in run.branches if b.holds(call)), None)
-            known = known or next((b for b in run.branches if b.reads(call)), None)
+            # Where there are no branches every change is decided on again, also a change back.
+            candidates = [run.branch] if self._backend.capabilities.calls == 1 else run.branches
+            known = next((b for b in candidates if b.holds(call)), None)
+            known = known or next((b for b in candidates if b.reads(call)), None)
             if known is not None:
                 if known is not run.branch:
                     known.opening.fired_before.clear()  # what a step cache holds now may be the other branch's

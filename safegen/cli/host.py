@@ -107,7 +107,7 @@ def load_base(base: str) -> BaseModel:
     """Returns the sites of a base model; of the known families without any weights.
 
     Args:
-        base: "sd1", "sd2", "mini", or a pipeline folder.
+        base: "sd1", "sd2", "sdxl", "mini", or a pipeline folder.
 
     Raises:
         UsageError: Neither a family nor a folder.
