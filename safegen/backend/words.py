@@ -131,18 +131,28 @@ class ClipWords(Words):
         super().__init__(tokenizer, size=size, length=int(tokenizer.model_max_length))
 
     def real(self, ids: Sequence[int]) -> list[int]:
-        """Cuts a row to its real tokens: after the begin token, before the first end token."""
+        """Cuts a row to its real tokens: without padding at its end, and without begin and end tokens wherever they stand.
+
+        An end token can be written into a prompt; what comes behind it reaches the denoiser all the same.
+        """
         tokenizer = self._tokenizer
-        row = list(ids)
-        if row and row[0] == tokenizer.bos_token_id:
-            row = row[1:]
-        return row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+        return [i for i in ids[: self._end(ids)] if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+
+    def _end(self, ids: Sequence[int]) -> int:
+        """Returns where the padding begins, which may be more end tokens, behind the last real token."""
+        nothing = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        end = len(ids)
+        while end and ids[end - 1] in nothing:
+            end -= 1
+        row = list(ids[end:])
+        return end + row.index(self._tokenizer.eos_token_id) + 1 if self._tokenizer.eos_token_id in row else end
 
     def padded_as(self, ids: Tensor, other: ClipWords) -> Tensor:
-        """Returns the ids that another tokenizer of the same vocabulary gives: what follows the end is padding."""
-        ended = (ids == self._tokenizer.eos_token_id).int().cumsum(dim=1)
-        behind = (ended - (ids == self._tokenizer.eos_token_id).int()) > 0
-        return ids.masked_fill(behind, other._tokenizer.pad_token_id)
+        """Returns the ids that another tokenizer of the same vocabulary gives, which pads with another one."""
+        found = ids.clone()
+        for row, values in zip(found, ids.tolist(), strict=True):
+            row[self._end(values) :] = other._tokenizer.pad_token_id
+        return found
 
     def readings(self, ids: Sequence[int]) -> tuple[str, ...]:
         """See `TextReader`. CLIP's tokens end words at every digit and mark, whether or not white space stood there."""

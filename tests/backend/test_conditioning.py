@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import same_state, state_of, tiny_sd
+from tiny import same_state, state_of, tiny_sd, tiny_tokenizer
 from torch import Tensor
 
 import safegen.backend.conditioning as module
 from safegen.backend import backend_of
 from safegen.backend.base import Strand
 from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam
+from safegen.backend.words import ClipWords
 from safegen.errors import AttestationError
 
 
@@ -194,3 +195,20 @@ def test_the_tokenizer_is_a_copy_that_reads_as_the_original(pipe: Any) -> None:
 def test_readings_with_and_without_the_spaces_that_tokens_lose(text: str, readings: set[str], pipe: Any) -> None:
     backend = backend_of(pipe)
     assert set(backend.readings(ids_of(pipe, text)[0].tolist())) == readings
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_an_end_token_in_a_prompt_hides_nothing(pad: str) -> None:
+    words, others = (ClipWords(tiny_tokenizer(), size=600) for _ in range(2))
+    for each, token in ((words, pad), (others, "!")):
+        each._tokenizer.pad_token = token
+    for text, wanted in (
+        ("a fox", "a fox"),
+        ("a fox<|endoftext|> ghost", "a fox ghost"),
+        ("wow!!", "wow !!"),
+        ("", ""),
+        ("fox " * 40, " ".join(["fox"] * 14)),
+    ):
+        ids = words.tokenise([text])
+        assert words.text_of(ids[0].tolist()) == wanted
+        assert torch.equal(words.padded_as(ids, others), others.tokenise([text]))
