@@ -75,11 +75,10 @@ class Words:
 
     def real(self, ids: Sequence[int]) -> list[int]:
         """Cuts a row to its own tokens: without padding, template and special tokens, wherever those stand."""
-        pad, special = self._tokenizer.pad_token_id, set(self._tokenizer.all_special_ids)
-        row = [i for i in ids if i != pad]
-        row = row[self._shared(self._head, row) :]
-        row = row[: len(row) - self._shared(self._tail[::-1], row[::-1])]
-        return [i for i in row if i not in special]
+        nothing = {self._tokenizer.pad_token_id, *self._tokenizer.all_special_ids}
+        row, head, tail = ([i for i in part if i not in nothing] for part in (ids, self._head, self._tail))
+        row = row[self._shared(head, row) :]
+        return row[: len(row) - self._shared(tail[::-1], row[::-1])]
 
     @staticmethod
     def _shared(part: Sequence[int], row: Sequence[int]) -> int:
@@ -131,7 +130,7 @@ class ClipWords(Words):
         super().__init__(tokenizer, size=size, length=int(tokenizer.model_max_length))
 
     def real(self, ids: Sequence[int]) -> list[int]:
-        """Cuts a row to its real tokens: without padding at its end, and without begin and end tokens wherever they stand.
+        """Cuts a row to its real tokens: no padding at its end, and no begin and end tokens, wherever they stand.
 
         An end token can be written into a prompt; what comes behind it reaches the denoiser all the same.
         """

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from safegen.audit import HmacKey
 from safegen.backend import Backend, backend_of
+from safegen.backend.families.family import Family
 from safegen.backend.injection import Injection, Opening
 from safegen.guard import Guard
 from safegen.membrane.weights import Factor, Membrane
@@ -84,6 +85,22 @@ def test_what_was_applied_comes_off_without_a_trace(case: Case, tmp_path: Path, 
     assert "decode" not in pipe.vae.__dict__
     assert "encode_prompt" not in pipe.__dict__
     assert torch.equal(case.draw(pipe, PROMPTS), base)
+
+
+@every
+def test_every_tokenizer_is_read_back(case: Case) -> None:
+    """What stands around a prompt (a template, an instruction) is no part of its text."""
+    backend = backend_of(shared(case))
+    assert isinstance(backend, Family)
+    for name, reader in backend.readers.items():
+        for text in ("a fox", "a ghost in the style of van gogh"):
+            (row,) = reader.tokenise([text]).tolist()
+            assert backend.spelled(name, row) == text
+            assert [word.strip() for _, word in reader.words(row)] == text.split()
+    (row,) = backend.tokenise(["a fox and a ghost"]).tolist()
+    cut = backend.tokenise(["a fox"])[0].tolist()
+    assert not backend.wrote("a fox", row)
+    assert backend.wrote("a fox", cut)
 
 
 def small(backend: Backend) -> tuple[int, ...]:
