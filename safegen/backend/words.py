@@ -115,9 +115,9 @@ class Words:
         return (self.text_of(ids),)
 
     def wrote(self, text: str, ids: Sequence[int]) -> bool:
-        """Tells whether a row of ids is this text, whole or cut."""
-        held, whole = self.real(ids), [token.id for token in self.tokens(text)]
-        return held == whole[: len(held)] and (len(held) == len(whole) or len(held) > 0)
+        """Tells whether a row of ids is this text, whole or cut; letter case and white space aside."""
+        held, whole = ("".join(part.casefold().split()) for part in (self.text_of(ids), text))
+        return whole.startswith(held) and (bool(held) or not whole)
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids).strip()
@@ -136,6 +136,11 @@ class ClipWords(Words):
         """
         tokenizer = self._tokenizer
         return [i for i in ids[: self._end(ids)] if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+
+    def wrote(self, text: str, ids: Sequence[int]) -> bool:
+        """See `Words`; by the ids, which keep less than a text."""
+        held, whole = self.real(ids), [token.id for token in self.tokens(text)]
+        return held == whole[: len(held)] and (bool(held) or not whole)
 
     def _end(self, ids: Sequence[int]) -> int:
         """Returns where the padding begins, which may be more end tokens, behind the last real token."""
