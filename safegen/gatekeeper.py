@@ -19,6 +19,7 @@ from safegen.decision import (
     Installed,
     Outcome,
     excepted,
+    joined,
     target_of,
     uncalibrated,
     under,
@@ -131,6 +132,7 @@ class Gatekeeper:
             else self._row(_Row(view, rules, reading, k, gammas[k]), origin, looking)
             for k, origin in enumerate(origins)
         ]
+        rows = [row and self._with_others(row, origins[k], every=every) for k, row in enumerate(rows)]
         prompts = [k for k, decision in enumerate(rows) if decision is not None]
         negatives = [k for k, decision in enumerate(rows) if decision is None]
         paired = {n: [p] for n, p in zip(negatives, prompts, strict=False)}
@@ -152,6 +154,22 @@ class Gatekeeper:
         ids = self.backend.tokenise(texts)
         origins = [Origin(tuple(row), text) for row, text in zip(ids.tolist(), texts, strict=True)]
         return self.decide(self.backend.encode(ids), origins, every=every, evidence=evidence)
+
+    def _with_others(self, decision: Decision, origin: Origin | None, *, every: bool) -> Decision:
+        """Opens and refuses for what other text encoders read, too, where that is another text or more of it.
+
+        Their output is not scored by itself; their texts are encoded for the gate, a window at a time.
+        """
+        if origin is None or not origin.others:
+            return decision
+        pieces = [piece for text in origin.others for piece in self._pieces(text)]
+        return joined(decision, self.decide_texts(pieces, every=every, evidence=False))
+
+    def _pieces(self, text: str) -> list[str]:
+        """Returns a text and, where it is longer than the encoder's window, its parts that fit."""
+        tokens, size = self.backend.tokens(text), self.gate.window - 2
+        starts = range(0, len(tokens), size) if len(tokens) > size else ()
+        return [text, *(text[tokens[k].start : tokens[min(k + size, len(tokens)) - 1].end] for k in starts)]
 
     def permeability(self, decisions: Sequence[Decision]) -> Tensor:
         """Returns γ as [rows, membranes]."""

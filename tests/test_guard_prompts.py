@@ -166,4 +166,4 @@ def test_a_reference_image_is_conditioning_that_no_words_tell(pipe: Any, tmp_pat
         assert rowwise(predict(), base) == [True, True]
         # The unconditional row was encoded as a negative prompt; this U-Net does not look at the image itself.
         assert rowwise(predict(**image), base) == [True, False]
-    assert [r.inputs for r in records(tmp_path, "gated")] == [(), ("embeds_only",)]
+    assert [r.inputs for r in records(tmp_path, "gated")] == [(), ("ip_adapter", "embeds_only")]
