@@ -62,20 +62,20 @@ class Branch:
         """Tells whether a call passes the very tensors that were decided on, unchanged."""
         return (
             _beside(call) == _beside(self.call)
-            and len(call.carriers) == len(self.call.carriers)
+            and len(call.tensors) == len(self.call.tensors)
             and all(
                 new is old and _version(new) == version >= 0
-                for new, old, version in zip(call.carriers, self.call.carriers, self.versions, strict=True)
+                for new, old, version in zip(call.tensors, self.call.tensors, self.versions, strict=True)
             )
         )
 
     def reads(self, call: Call) -> bool:
         """Tells whether a call's conditioning is, in every value, what was decided on."""
-        if _beside(call) != _beside(self.call) or len(call.carriers) != len(self.kept):
+        if _beside(call) != _beside(self.call) or len(call.tensors) != len(self.kept):
             return False
-        if not all(torch.equal(new, kept) for new, kept in zip(call.carriers, self.kept, strict=True)):
+        if not all(torch.equal(new, kept) for new, kept in zip(call.tensors, self.kept, strict=True)):
             return False
-        self.call, self.versions = call, tuple(map(_version, call.carriers))
+        self.call, self.versions = call, tuple(map(_version, call.tensors))
         return True
 
 
@@ -113,6 +113,11 @@ class Run:
         """Returns the conditioning that the images follow: of those of the last step, the first that holds prompts."""
         last = sorted((b for b in self.branches if b.timestep == self.timestep), key=lambda branch: branch.turn)
         return next((branch for branch in last if not _negative(branch.origins)), last[0])
+
+    def prompts(self) -> list[Decision]:
+        """Returns what was decided for the run's prompts so far."""
+        found = [one for branch in self.branches for one in zip(branch.decisions, branch.origins, strict=True)]
+        return [decision for decision, origin in found if origin is None or not origin.negative]
 
 
 def _negative(origins: Sequence[Origin | None]) -> bool:
@@ -215,8 +220,10 @@ class Runs:
         else:
             run.seen, run.encoding = seen, seen.following(run.encoding)
             run.branches.clear()
-        run.branch = self._gate(call, run.request, run.encoding, run.start)
-        run.branches = [*run.branches[-_BRANCHES_KEPT:], run.branch]
+        run.branch = self._gate(call, run.request, run.encoding, run.start, run.prompts())
+        # Negative prompts follow the prompts (`guidance: both`), so that they are decided on again after new ones.
+        kept = [b for b in run.branches if _negative(run.branch.origins) or not _negative(b.origins)]
+        run.branches = [*kept[-_BRANCHES_KEPT:], run.branch]
         return run
 
     def _starts_again(self, call: Call, run: Run, seen: Encoding) -> bool:
@@ -227,7 +234,7 @@ class Runs:
         """
         if call.timestep != run.timestep:
             return call.timestep > run.timestep
-        if any(branch.call.carriers[0] is call.carriers[0] for branch in run.branches):
+        if any(branch.call.tensors[0] is call.tensors[0] for branch in run.branches):
             return False
         if self._backend.capabilities.calls == 1 or seen is not run.seen:
             return True
@@ -242,11 +249,13 @@ class Runs:
             return [replace(origin, negative=False) for origin in origins if origin is not None]
         return origins
 
-    def _gate(self, call: Call, request: str, encoding: Encoding, start: Start) -> Branch:
+    def _gate(
+        self, call: Call, request: str, encoding: Encoding, start: Start, prompts: Sequence[Decision] = ()
+    ) -> Branch:
         self._prove_attachment()
         origins = self._origins(call, encoding)
         with self._seam.unseen():
-            decisions = self._gatekeeper.decide(call.states, origins)
+            decisions = self._gatekeeper.decide(call.states, origins, prompts=prompts)
         enforce = self._gatekeeper.policy.mode == "enforce"
         inputs = tuple(dict.fromkeys((*start.inputs, *call.inputs)))
         refused = [d for d in decisions if d.outcome == "refuse"]
@@ -258,8 +267,8 @@ class Runs:
             permeability = torch.zeros_like(permeability)
         branch = Branch(
             call=call,
-            versions=tuple(map(_version, call.carriers)),
-            kept=tuple(given.clone() for given in call.carriers),
+            versions=tuple(map(_version, call.tensors)),
+            kept=tuple(given.clone() for given in call.tensors),
             origins=origins,
             decisions=decisions,
             opening=Opening.of(permeability, self._gatekeeper.strengths),

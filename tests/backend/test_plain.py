@@ -86,6 +86,31 @@ def test_rows_are_gated(negatives: list[str] | None, tmp_path: Path, audit_key: 
     assert drawn[0].attest.calls == (3 if negatives is None else 6)
 
 
+def test_negative_prompts_in_a_call_of_their_own_follow_the_prompts(tmp_path: Path, audit_key: HmacKey) -> None:
+    """`guidance: both` opens on them what it opens on the prompts, also on new ones."""
+    pipe, found = host(), list[Tensor]()
+    prompts, negatives = ["a ghost", "a fox"], ["a robot", "a robot"]
+    base = draw(pipe, prompts, negatives)
+    for guidance in ("conditional", "both"):
+        (tmp_path / guidance).mkdir()
+        with applied(pipe, tmp_path / guidance, audit_key, extra=f", transport: {{guidance: {guidance}}}"):
+            found.append(draw(pipe, prompts, negatives))
+            assert rowwise(found[-1], base) == [False, True]
+    assert rowwise(*found) == [False, True]
+
+
+def test_negative_prompts_whose_prompts_are_not_known_yet_open_all(tmp_path: Path, audit_key: HmacKey) -> None:
+    pipe = host()
+    x, t = torch.randn(1, 4, 8, 8), torch.full((1,), 500.0)
+    with torch.no_grad():
+        states, others = pipe.encode_prompt(["a fox"], ["a robot"])
+        plain = pipe.denoiser(x, t, states), pipe.denoiser(x, t, others)
+        with applied(pipe, tmp_path, audit_key, extra=", transport: {guidance: both}"):
+            pipe.encode_prompt(["a fox"], ["a robot"])
+            first, second = pipe.denoiser(x, t, others), pipe.denoiser(x, t, states)
+            assert (torch.equal(first, plain[1]), torch.equal(second, plain[0])) == (False, True)
+
+
 def test_sites_are_those_of_the_blocks() -> None:
     sites = backend_of(host()).sites.modules
     assert set(sites) == {f"blocks.{k}.{name}" for k in (0, 1) for name in ("query", "key", "value", "inner", "outer")}

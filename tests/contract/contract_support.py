@@ -43,6 +43,12 @@ decides: by default every membrane opens fully. Prompts whose conditioning was n
 encoders with the pipeline's own settings (`clip_skip`, other hidden layers than the default, another instruction in
 front of Sana's prompts, weighted embeddings) are of unknown origin too.
 
+Records name what else than words a run draws from (`inputs`), as far as it shows: the pictures that the pipeline's own
+`prepare_latents` is given (`image`, `mask`), a ControlNet's or T2I-adapter's residuals (`control`), an IP-Adapter's
+image (`ip_adapter`), reference images and the first frame of a video (`image`), and the further channels of denoisers
+made for filling in, editing or depth maps. Of pipelines that were rebuilt from a guarded one, of modular pipelines and
+of denoisers that are not of diffusers, neither pictures in the latents nor seeds are seen.
+
 A denoiser that is not of diffusers is guarded through [`TorchPipeline`](how-to/guard-another-denoiser.md).
 """
 
@@ -52,9 +58,11 @@ def render() -> str:
     import test_contract
     import test_contract_hosts
     import test_contract_inputs
+    import test_contract_policy
     from contract_cases import CASES, FEATURES
 
-    assert all(module.__doc__ for module in (test_contract, test_contract_hosts, test_contract_inputs))
+    suite = (test_contract, test_contract_hosts, test_contract_inputs, test_contract_policy)
+    assert all(module.__doc__ for module in suite)
     refused = {name for case in CASES for name in case.refused}
     lines = ["## In every family", ""]
     lines += [f"- **{name}**: {meaning}" for name, meaning in FEATURES.items() if name not in refused]

@@ -107,9 +107,9 @@ class Flux(Family):
         given = self.given(args, kwargs)
         states = self.read(given, "encoder_hidden_states")
         pooled = self.read(given, "pooled_projections", 2)
-        carriers = (states, pooled)
+        tensors = (states, pooled)
         more = reads_more(given) or has_references(given.get("img_ids"))
-        return Call(pooled[:, None], timestep_of(given), _strands(*carriers), carriers, more, self.inputs(given))
+        return Call(pooled[:, None], timestep_of(given), _strands(*tensors), tensors, more, self.inputs(given))
 
     def inputs(self, given: Mapping[str, Any]) -> tuple[Input, ...]:
         """See `Family`: pictures stand beside the latents in channels, or behind them as tokens."""

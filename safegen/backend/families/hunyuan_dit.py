@@ -107,7 +107,7 @@ class HunyuanDiT(Family):
         given = self.given(args, kwargs)
         bert, t5 = self.read(given, "encoder_hidden_states"), self.read(given, "encoder_hidden_states_t5")
         masks = [given.get(name) for name in ("text_embedding_mask", "text_embedding_mask_t5")]
-        carriers = (bert, t5, *(mask for mask in masks if isinstance(mask, Tensor)))
+        tensors = (bert, t5, *(mask for mask in masks if isinstance(mask, Tensor)))
         strands = (Strand(_BERT, bert), Strand(_T5, t5))
         read, inputs = masked(bert, masks[0]), self.inputs(given)
-        return Call(read, timestep_of(given), strands, carriers, reads_more(given), inputs)
+        return Call(read, timestep_of(given), strands, tensors, reads_more(given), inputs)

@@ -133,5 +133,5 @@ class StableDiffusion3(Family):
         states = self.read(given, "encoder_hidden_states")
         pooled = self.read(given, "pooled_projections", 2)
         clip = states[:, : self.window, : sum(self._widths())]
-        strands, carriers = self._strands(states, pooled), (states, pooled)
-        return Call(clip, timestep_of(given), strands, carriers, reads_more(given), self.inputs(given))
+        strands, tensors = self._strands(states, pooled), (states, pooled)
+        return Call(clip, timestep_of(given), strands, tensors, reads_more(given), self.inputs(given))

@@ -127,7 +127,5 @@ class StableDiffusionXL(Family):
         given = self.given(args, kwargs)
         states = self.read(given, "encoder_hidden_states")
         pooled = self.read(given.get("added_cond_kwargs") or {}, "text_embeds", 2)
-        strands, carriers = self._strands(states, pooled), (states, pooled)
-        return Call(
-            packed(states, pooled), timestep_of(given), strands, carriers, reads_more(given), self.inputs(given)
-        )
+        strands, tensors = self._strands(states, pooled), (states, pooled)
+        return Call(packed(states, pooled), timestep_of(given), strands, tensors, reads_more(given), self.inputs(given))

@@ -92,10 +92,10 @@ class SingleEncoder(Family):
         """See `Backend`."""
         given = self.given(args, kwargs)
         states, mask = self.read(given, self.states), given.get(self.mask)
-        carriers = (states,) if mask is None else (states, mask)
+        tensors = (states,) if mask is None else (states, mask)
         read = masked(states, mask if mask is not None and mask.ndim == 2 else None)
         time = self.clock * timestep_of(given)
-        return Call(read, time, self.strands(states), carriers, reads_more(given), self.inputs(given))
+        return Call(read, time, self.strands(states), tensors, reads_more(given), self.inputs(given))
 
 
 def vocabulary_of(encoder: Any) -> int:
