@@ -61,20 +61,20 @@ class Branch:
         """Tells whether a call passes the very tensors that were decided on, unchanged."""
         return (
             call.foreign == self.call.foreign
-            and len(call.inputs) == len(self.call.inputs)
+            and len(call.tensors) == len(self.call.tensors)
             and all(
                 new is old and _version(new) == version >= 0
-                for new, old, version in zip(call.inputs, self.call.inputs, self.versions, strict=True)
+                for new, old, version in zip(call.tensors, self.call.tensors, self.versions, strict=True)
             )
         )
 
     def reads(self, call: Call) -> bool:
         """Tells whether a call's conditioning is, in every value, what was decided on."""
-        if call.foreign != self.call.foreign or len(call.inputs) != len(self.kept):
+        if call.foreign != self.call.foreign or len(call.tensors) != len(self.kept):
             return False
-        if not all(torch.equal(new, kept) for new, kept in zip(call.inputs, self.kept, strict=True)):
+        if not all(torch.equal(new, kept) for new, kept in zip(call.tensors, self.kept, strict=True)):
             return False
-        self.call, self.versions = call, tuple(map(_version, call.inputs))
+        self.call, self.versions = call, tuple(map(_version, call.tensors))
         return True
 
 
@@ -219,7 +219,7 @@ class Runs:
         """
         if call.timestep != run.timestep:
             return call.timestep > run.timestep
-        if any(branch.call.inputs[0] is call.inputs[0] for branch in run.branches):
+        if any(branch.call.tensors[0] is call.tensors[0] for branch in run.branches):
             return False
         if self._backend.capabilities.calls == 1 or seen is not run.seen:
             return True
@@ -249,8 +249,8 @@ class Runs:
             permeability = torch.zeros_like(permeability)
         branch = Branch(
             call=call,
-            versions=tuple(map(_version, call.inputs)),
-            kept=tuple(given.clone() for given in call.inputs),
+            versions=tuple(map(_version, call.tensors)),
+            kept=tuple(given.clone() for given in call.tensors),
             origins=origins,
             decisions=decisions,
             opening=Opening.of(permeability, self._gatekeeper.strengths),

@@ -34,14 +34,14 @@ class Call:
         states: Conditioning, [rows, tokens, width]: what the gate scores of the prompts.
         timestep: The (first) timestep of the call; falls during a run, whatever the scheduler's own sign.
         strands: All that the denoiser reads of texts, by encoder: a row's words are known where each strand's are.
-        inputs: The tensors that say all this, as the host passed them; what stays the same in these stays the same.
+        tensors: Those that say all this, as the host passed them; what stays the same in these stays the same.
         foreign: Whether it reads other conditioning too, which no gate understands (a reference image).
     """
 
     states: Tensor
     timestep: float
     strands: tuple[Strand, ...]
-    inputs: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
     foreign: bool = False
 
 
