@@ -257,9 +257,8 @@ class Guard:
         Returns:
             One decision per prompt.
         """
-        token = self._text.announce(
-            [(prompt,) for prompt in prompts]
-        )  # so that a run in progress does not take them for its own
+        # Announced, so that a run in progress does not take them for its own.
+        token = self._text.announce([(prompt,) for prompt in prompts])
         try:
             return self._gatekeeper.decide_texts(prompts)
         finally:
