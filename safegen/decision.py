@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from safegen.backend.base import Backend
@@ -119,6 +119,35 @@ class Decision:
     def verdict(self) -> Literal["match", "clear"]:
         """What was found, whatever is done about it: whether a rule is touched."""
         return "clear" if self.outcome == "allow" else "match"
+
+
+def joined(decision: Decision, others: Sequence[Decision]) -> Decision:
+    """Returns what follows for a row that holds further texts: the gravest, and of each membrane the largest.
+
+    Args:
+        decision: On the row's own text, which it goes on stating.
+        others: On its further texts. Their places (triggers) are not kept, because they are places in another text.
+    """
+    every = (decision, *others)
+    gravest = max(every, key=lambda one: GRAVITY[one.outcome])
+    activations = tuple(
+        own if own.permeability >= other.permeability else replace(other, triggers=())
+        for own, other in (
+            (own, max((one.activations[k] for one in every), key=lambda found: found.permeability))
+            for k, own in enumerate(decision.activations)
+        )
+    )
+    hits = tuple(dict.fromkeys(hit for one in every for hit in one.hits))
+    exceptions = tuple(dict.fromkeys(one for decided in every for one in decided.exceptions))
+    return replace(
+        decision,
+        activations=activations,
+        hits=hits,
+        exceptions=exceptions,
+        outcome=gravest.outcome,
+        rule=gravest.rule,
+        reason=gravest.reason,
+    )
 
 
 class Encoders(Mapping[str, str]):

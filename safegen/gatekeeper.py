@@ -19,6 +19,7 @@ from safegen.decision import (
     Installed,
     Outcome,
     excepted,
+    joined,
     target_of,
     uncalibrated,
     under,
@@ -99,6 +100,7 @@ class Gatekeeper:
         states: Tensor,
         origins: Sequence[Origin | None],
         *,
+        prompts: Sequence[Decision] = (),
         every: bool = False,
         evidence: bool | None = None,
     ) -> list[Decision]:
@@ -107,6 +109,7 @@ class Gatekeeper:
         Args:
             states: [rows, tokens, width], as the denoiser reads them.
             origins: Where each row came from; None where that is unknown.
+            prompts: What was decided for the prompts, where negative prompts have a call of their own.
             every: Computes all graded scores, also those that open nothing.
             evidence: Whether to find the tokens that open a membrane; by default as the policy's `audit.evidence` says.
 
@@ -131,15 +134,19 @@ class Gatekeeper:
             else self._row(_Row(view, rules, reading, k, gammas[k]), origin, looking)
             for k, origin in enumerate(origins)
         ]
-        prompts = [k for k, decision in enumerate(rows) if decision is not None]
+        rows = [row and self._with_others(row, origins[k], every=every) for k, row in enumerate(rows)]
+        wanted = [k for k, decision in enumerate(rows) if decision is not None]
         negatives = [k for k, decision in enumerate(rows) if decision is None]
-        paired = {n: [p] for n, p in zip(negatives, prompts, strict=False)}
-        if len(negatives) != len(prompts):  # which belongs to which is not known
-            paired = dict.fromkeys(negatives, prompts)
+        paired = {n: [p] for n, p in zip(negatives, wanted, strict=False)}
+        if len(negatives) != len(wanted):  # which belongs to which is not known
+            paired = dict.fromkeys(negatives, wanted)
+        full = [1.0] * len(self.installed)
         return [
             decision
             if decision is not None
-            else self._negative(reading, k, origins[k], [one for p in paired[k] if (one := rows[p]) is not None])
+            else self._negative(
+                _Row(view, rules, reading, k, full), origins[k], [one for p in paired[k] if (one := rows[p])] or prompts
+            )
             for k, decision in enumerate(rows)
         ]
 
@@ -152,6 +159,22 @@ class Gatekeeper:
         ids = self.backend.tokenise(texts)
         origins = [Origin(tuple(row), text) for row, text in zip(ids.tolist(), texts, strict=True)]
         return self.decide(self.backend.encode(ids), origins, every=every, evidence=evidence)
+
+    def _with_others(self, decision: Decision, origin: Origin | None, *, every: bool) -> Decision:
+        """Opens and refuses for what other text encoders read, too, where that is another text or more of it.
+
+        Their output is not scored by itself; their texts are encoded for the gate, a window at a time.
+        """
+        if origin is None or not origin.others:
+            return decision
+        pieces = [piece for text in origin.others for piece in self._pieces(text)]
+        return joined(decision, self.decide_texts(pieces, every=every, evidence=False))
+
+    def _pieces(self, text: str) -> list[str]:
+        """Returns a text and, where it is longer than the encoder's window, its parts that fit."""
+        tokens, size = self.backend.tokens(text), self.gate.window - 2
+        starts = range(0, len(tokens), size) if len(tokens) > size else ()
+        return [text, *(text[tokens[k].start : tokens[min(k + size, len(tokens)) - 1].end] for k in starts)]
 
     def permeability(self, decisions: Sequence[Decision]) -> Tensor:
         """Returns γ as [rows, membranes]."""
@@ -170,18 +193,24 @@ class Gatekeeper:
             for k, (item, target, gamma) in enumerate(zip(self.installed, self.gate.targets, gammas, strict=True))
         )
 
-    def _negative(self, reading: Reading, row: int, origin: Origin | None, prompts: Sequence[Decision]) -> Decision:
-        """Decides for an unconditional row: what `guidance: both` opens on it is what its prompts open."""
+    def _negative(self, row: _Row, origin: Origin | None, prompts: Sequence[Decision]) -> Decision:
+        """Decides for an unconditional row: `guidance: both` opens on it what its prompts open; all if none is known.
+
+        Args:
+            row: With every membrane fully open.
+            origin: Where it came from.
+            prompts: What was decided for its prompts.
+        """
         gammas = [
-            max((decision.activations[k].permeability for decision in prompts), default=0.0)
+            max((decision.activations[k].permeability for decision in prompts), default=gamma)
             if item.rule.transport.guidance == "both"
             else 0.0
-            for k, item in enumerate(self.installed)
+            for k, (item, gamma) in enumerate(zip(self.installed, row.let_through(self.installed), strict=True))
         ]
-        activations = self._activations(reading, row, gammas)
+        activations = self._activations(row.reading, row.number, gammas)
         text = origin.text if origin is not None else None
         opened = [activation.installed.rule for activation in activations if activation.opened]
-        if not reading.finite[row]:
+        if not row.reading.finite[row.number]:
             return self._broken(activations)
         if opened:
             rule = max(opened, key=lambda rule: rule.severity)

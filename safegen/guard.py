@@ -17,7 +17,8 @@ from safegen.backend.base import Backend
 from safegen.backend.conditioning import TextSeam
 from safegen.backend.injection import Injection
 from safegen.backend.sites import plan
-from safegen.backend.watch import EncodePromptWatch, ImageWatch, LatentsWatch
+from safegen.backend.standin import StandIn
+from safegen.backend.watch import EncodePromptWatch, ImageWatch, LatentsWatch, PartsWatch
 from safegen.bundle.store import MembraneStore
 from safegen.composition import Composition, compose
 from safegen.errors import MembraneError, SafegenError
@@ -194,11 +195,15 @@ class Guard:
         self._text = TextSeam(backend)
         self._recorder = Recorder(log, policy, gatekeeper, injection, family=backend.family, source=_source(pipe))
         self._runs = Runs(backend, gatekeeper, injection, self._text, self._recorder)
-        self._watches = (
-            EncodePromptWatch(pipe, backend.parts, self._text, self._runs.prove),
-            ImageWatch(pipe, self._runs.drawn),
-            *([LatentsWatch(pipe, self._text)] if hasattr(pipe, "prepare_latents") else []),
-        )
+        self._watched = hasattr(pipe, "encode_prompt")
+        self._parts = PartsWatch(pipe, backend.parts)
+        self._watches: list[StandIn] = []
+        if self._watched:
+            self._watches.append(EncodePromptWatch(pipe, self._parts, self._text, self._runs.prove, backend.returned))
+        if hasattr(pipe, "prepare_latents"):
+            self._watches.append(LatentsWatch(pipe, self._text))
+        if pipe.vae is not None:
+            self._watches.append(ImageWatch(pipe, self._runs.drawn))
         self._state: Literal["applied", "removed"] = "applied"
         try:
             self._attach()
@@ -211,7 +216,8 @@ class Guard:
         if self.policy.mode == "disabled":
             return
         self._injection.attach(self._runs.before, self._runs.after, self._runs.failed)
-        self._text.attach(self._runs.prove)
+        # Where no `encode_prompt` can be watched, the text encoder's own calls are the moment to look at all parts.
+        self._text.attach(self._runs.prove if self._watched else lambda: self._runs.prove(self._parts.replaced()))
         for watch in self._watches:
             watch.attach()
 
@@ -251,7 +257,8 @@ class Guard:
         Returns:
             One decision per prompt.
         """
-        token = self._text.announce(prompts)  # so that a run in progress does not take them for its own
+        # Announced, so that a run in progress does not take them for its own.
+        token = self._text.announce([(prompt,) for prompt in prompts])
         try:
             return self._gatekeeper.decide_texts(prompts)
         finally:

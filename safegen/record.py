@@ -37,7 +37,7 @@ from safegen.gatekeeper import Gatekeeper
 from safegen.policy.resolve import ResolvedPolicy
 
 if TYPE_CHECKING:
-    from safegen.run import Run
+    from safegen.run import Branch, Run
 
 logger = logging.getLogger("safegen")
 
@@ -132,19 +132,19 @@ class Recorder:
         fields = EventFields(request=_request(request), policy=self._policy_record, error=failure)
         self._keep("run.failed", fields)
 
-    def generated(self, run: Run, digests: Sequence[str], rows: Sequence[int]) -> None:
-        """Records the images of a run, one record per distinct prompt."""
+    def generated(self, run: Run, branch: Branch, digests: Sequence[str], rows: Sequence[int]) -> None:
+        """Records the images of a run, one record per distinct prompt of the branch that they follow."""
         images: dict[int, list[int]] = {}
         first: dict[object, int] = {}
         for index, row in enumerate(rows):
-            images.setdefault(first.setdefault(_prompt_key(row, run.decisions[row]), row), []).append(index)
+            images.setdefault(first.setdefault(_prompt_key(row, branch.decisions[row]), row), []).append(index)
         elapsed = 1000 * (time.perf_counter() - run.started)
         for row, found in images.items():
-            decision = run.decisions[row]
+            decision = branch.decisions[row]
             fields = EventFields(
                 request=_request(run.request),
                 policy=self._policy_record,
-                membranes=self._membranes(decision, run.effect(row)),
+                membranes=self._membranes(decision, branch.effect(row)),
                 attest=self._attest(calls=run.calls),
                 output=_output([digests[k] for k in found], found, run.start.seeds),
                 timing_ms=elapsed,

@@ -95,7 +95,7 @@ def test_control_residuals_are_recorded(pipe: Any, tmp_path: Path, audit_key: Hm
         size = pipe.unet.config.sample_size
         middle = torch.zeros(1)
         pipe.unet(torch.zeros(1, 4, size, size), 1, states, mid_block_additional_residual=middle)
-    assert [record.inputs for record in records(tmp_path, "gated")] == [("control",)]
+    assert [record.inputs for record in records(tmp_path, "gated")] == [("control", "embeds_only")]
 
 
 def test_the_hosts_trace_is_named(pipe: Any, tmp_path: Path, audit_key: HmacKey) -> None:

@@ -45,29 +45,31 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, Site]]:
         yield from _walk(base, path)
         return
     if isinstance(module, nn.Linear | nn.Conv2d):
-        yield path, module
+        if getattr(module, "groups", 1) == 1:  # a grouped convolution mixes too few channels to carry a factor
+            yield path, module
         return
     for name, child in module.named_children():
         yield from _walk(child, f"{path}.{name}" if path else name)
 
 
-def find_sites(denoiser: nn.Module, block: type[nn.Module]) -> Sites:
+def find_sites(denoiser: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> Sites:
     """Finds the sites of a denoiser: every Linear and Conv2d inside a transformer block (SPM, reference code).
 
     Args:
         denoiser: The model that predicts the noise.
-        block: Class of its transformer blocks; subclasses count.
+        blocks: Class or classes of its transformer blocks; subclasses count.
 
     Raises:
         NoMatchingSiteError: There are none.
     """
     modules: dict[str, Site] = {}
     for name, module in denoiser.named_modules():
-        if isinstance(module, block):
+        if isinstance(module, blocks):
             modules |= dict(_walk(module, name))
     if not modules:
+        names = " or ".join(block.__name__ for block in (blocks if isinstance(blocks, tuple) else (blocks,)))
         raise NoMatchingSiteError(
-            f"{type(denoiser).__name__}: no Linear or Conv2d inside a {block.__name__} was found; expected at least "
+            f"{type(denoiser).__name__}: no Linear or Conv2d inside a {names} was found; expected at least "
             "one site. Membranes cannot guard this model."
         )
     lines = "\n".join(f"{name} {type_name(m)} {list(m.weight.shape)}" for name, m in sorted(modules.items()))

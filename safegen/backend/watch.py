@@ -18,9 +18,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from safegen.backend.base import Input
+from safegen.backend.base import Input, Strand
 from safegen.backend.conditioning import Encoding, TextSeam
 from safegen.backend.standin import StandIn
+
+_NUMBERS = ("", "_2", "_3", "_4")  # of the arguments of pipelines with several text encoders
+
+Returned = Callable[[Any], tuple[Sequence[Strand], Sequence[Strand]]]
 
 
 def _texts(value: Any) -> list[str]:
@@ -29,50 +33,74 @@ def _texts(value: Any) -> list[str]:
     return [v for v in value if isinstance(v, str)] if isinstance(value, list | tuple) else []
 
 
+def _said(given: Mapping[str, Any], name: str) -> list[tuple[str, ...]]:
+    """Returns the texts of each prompt: that of the first text encoder, and those of the others where they differ."""
+    columns = [_texts(given.get(f"{name}{number}")) for number in _NUMBERS]
+    first, *others = columns
+    return [(text, *(more[k] for more in others if k < len(more))) for k, text in enumerate(first)]
+
+
+class PartsWatch:
+    """Knows which parts of a pipeline were guarded."""
+
+    def __init__(self, pipe: Any, parts: Mapping[str, Any]) -> None:
+        self._pipe, self._parts = pipe, parts
+
+    def replaced(self) -> list[str]:
+        """Returns the names of parts in whose place there is another one now."""
+        now = {name: getattr(self._pipe, name, None) for name in self._parts}
+        # A compiled part is still the same part.
+        return [name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name]]
+
+    def on_copy(self, pipe: Any, memo: dict[int, Any]) -> PartsWatch:
+        """Returns the same for a deep copy of the pipeline, whose parts are copies of the parts."""
+        return PartsWatch(pipe, {name: memo.get(id(part), part) for name, part in self._parts.items()})
+
+
 class EncodePromptWatch(StandIn):
     """Tells the text seam which texts `pipe.encode_prompt` encodes, and which rows it returns as negative prompts."""
 
     def __init__(
-        self, pipe: Any, parts: Mapping[str, Any], seam: TextSeam, prove: Callable[[Sequence[str]], None]
+        self,
+        pipe: Any,
+        parts: PartsWatch,
+        seam: TextSeam,
+        prove: Callable[[Sequence[str]], None],
+        read: Returned,
     ) -> None:
         """Prepares to watch.
 
         Args:
             pipe: The pipeline.
-            parts: By name, those of its parts that must be the ones that were guarded.
+            parts: Its parts, which must be the ones that were guarded.
             seam: What is told.
             prove: Called before each encoding with the names of parts that were replaced; raises where the guard is
                 not in place.
+            read: Finds the prompts and the negative prompts in what `encode_prompt` returned.
         """
         super().__init__(pipe, "encode_prompt")
+        self._read = read
         self._parts = parts
         self._seam = seam
         self._prove = prove
         self._signature = inspect.signature(self._base)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """See `StandIn`. The parts of the copy are copies of the parts."""
+        """See `StandIn`."""
         twin = super().__deepcopy__(memo)
-        twin._parts = {name: memo.get(id(part), part) for name, part in self._parts.items()}
+        twin._parts = self._parts.on_copy(twin._owner, memo)
         return twin
-
-    def _replaced(self) -> list[str]:
-        now = {name: getattr(self._owner, name, None) for name in self._parts}
-        # A compiled part is still the same part.
-        return [name for name, part in now.items() if getattr(part, "_orig_mod", part) is not self._parts[name]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Proves that the guard is in place, then runs `encode_prompt` with its texts announced."""
         if not self._active:
             return self._base(*args, **kwargs)
-        self._prove(self._replaced())
+        self._prove(self._parts.replaced())
         given = self._signature.bind(*args, **kwargs).arguments
-        negatives = _texts(given.get("negative_prompt")) or [""]
-        token = self._seam.announce([*negatives, *_texts(given.get("prompt"))])
+        token = self._seam.announce(_said(given, "prompt"), _said(given, "negative_prompt"))
         try:
             result = self._base(*args, **kwargs)
-            if isinstance(result, tuple) and len(result) == 2:
-                self._seam.returned(*result)
+            self._seam.returned(*self._read(result))
             return result
         finally:
             self._seam.end_announcement(token)
@@ -130,12 +158,13 @@ def image_digests(decoded: Tensor) -> tuple[str, ...]:
     """Returns the sha256 of each image's RGB bytes, as the pipeline hands them out.
 
     Args:
-        decoded: What the autoencoder decoded, [n, 3, h, w], in [-1, 1].
+        decoded: What the autoencoder decoded, [n, 3, h, w] or, of videos, [n, 3, frames, h, w]; in [-1, 1].
 
     Returns:
-        Hex digests, equal to `sha256(image.convert("RGB").tobytes())` of the pipeline's PIL images.
+        Hex digests, equal to `sha256(image.convert("RGB").tobytes())` of the pipeline's PIL images; of a video, that of
+        its frames one after the other.
     """
-    images = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+    images = (decoded * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).float().cpu()
     pixels = images.mul(255).round().to(torch.uint8).numpy()
     return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
 

@@ -102,6 +102,8 @@ def convert(
     path = source / MEMBRANE_FILE if source.is_dir() else source
     host = load_base(base) if base else None
     reading = read_lora(path, text_encoder=text_encoder.value, host=host.walk() if host else None)
+    if host is not None:  # keys of kohya's layout do not say what kind of denoiser they are for
+        reading = replace(reading, component=host.component)
     names = _target_names(reading, concept, target or ())
     membrane = reading.membrane(concept=concept or "", targets=names)
     before, sites = _placed(membrane, reading, host, to)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from safegen.backend.sites import Sites
+    from safegen.membrane.formats import Component
     from safegen.membrane.order import Host
     from safegen.membrane.weights import Membrane
 
@@ -27,6 +28,13 @@ class BaseModel:
     family: str
     denoiser: nn.Module
     sites: Sites
+
+    @property
+    def component(self) -> Component:
+        """What LoRA files call the denoiser."""
+        from diffusers import UNet2DConditionModel
+
+        return "unet" if isinstance(self.denoiser, UNet2DConditionModel) else "transformer"
 
     def walk(self) -> Host:
         """Returns what numbered tensors are placed with."""
@@ -100,7 +108,7 @@ def load_base(base: str) -> BaseModel:
     """Returns the sites of a base model; of the known families without any weights.
 
     Args:
-        base: "sd1", "sd2", "mini", or a pipeline folder.
+        base: "sd1", "sd2", "sdxl", "mini", or a pipeline folder.
 
     Raises:
         UsageError: Neither a family nor a folder.

@@ -41,7 +41,7 @@ Base = Annotated[
     typer.Option(
         "--base",
         metavar="FAMILY|DIR",
-        help="The model that the file was made for, to find its sites: sd1, sd2, mini, or a pipeline folder.",
+        help="The model that the file was made for, to find its sites: sd1, sd2, sdxl, mini, or a pipeline folder.",
     ),
 ]
 Context = Annotated[

@@ -150,10 +150,10 @@ def pool(membranes: Sequence[Membrane]) -> list[Membrane]:
     """
     factors: list[dict[str, Factor]] = [{} for _ in membranes]
     for key in dict.fromkeys(key for membrane in membranes for key in membrane.factors):
-        carriers = [(k, membrane.factors[key]) for k, membrane in enumerate(membranes) if key in membrane.factors]
-        stacked = stack([factor for _, factor in carriers])
+        tensors = [(k, membrane.factors[key]) for k, membrane in enumerate(membranes) if key in membrane.factors]
+        stacked = stack([factor for _, factor in tensors])
         start = 0
-        for k, factor in carriers:
+        for k, factor in tensors:
             ranks = slice(start, start + factor.rank)
             up = stacked.up[ranks].T
             factors[k][key] = Factor(

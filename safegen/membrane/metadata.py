@@ -23,7 +23,12 @@ _DERIVED = frozenset(
     ("format", "prompts", "rank", "alpha", "safegen.format", SPEC, SPEC_HASH, ADAPTER)
     + ("sshs_model_hash", "sshs_legacy_hash", *(f"safegen.{name}" for name in _OWN))
 )
-_MODEL_CLASSES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "mini": "safegen-mini"}
+_MODEL_CLASSES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "mini": "safegen-mini",
+}
 
 
 def _spec_defaults(concept: str, base: str) -> dict[str, str]:

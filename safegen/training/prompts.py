@@ -90,4 +90,5 @@ class Prompts:
         """
         share = size // 2 if self._how.anchors == "reference" else max(1, size // _EMPTY)
         empty = min(share, count)
-        return torch.cat([self.empty.expand(empty, -1, -1), self.anchors(count - empty, generator)])
+        others = [self.anchors(count - empty, generator)] if count > empty else []
+        return torch.cat([self.empty.expand(empty, -1, -1), *others])

@@ -34,6 +34,11 @@ class TextReader(Protocol):
         """Digest of the tokenizer's vocabulary and the text encoder's weights; scores of others are not comparable."""
         ...
 
+    @property
+    def window(self) -> int:
+        """Token ids that the encoder reads at once; hosts for long prompts join what it makes of several windows."""
+        ...
+
     def tokenise(self, texts: Sequence[str]) -> Tensor:
         """Returns token ids [n, tokens], padded and cut as the host does it."""
         ...
@@ -56,6 +61,13 @@ class TextReader(Protocol):
 
     def encode(self, ids: Tensor) -> Tensor:
         """Returns the conditioning [n, tokens, width] of token ids [n, tokens], without gradient."""
+        ...
+
+    def views(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Returns what is scored of conditioning [n, tokens, width]: one [n, tokens, width] per text encoder.
+
+        Each is scored by itself, and the largest score counts: a concept that one of two encoders reads is read.
+        """
         ...
 
 

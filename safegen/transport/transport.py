@@ -116,6 +116,27 @@ class Reading:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The names of the targets, as one text encoder reads them.
+
+    Attributes:
+        empty: E(""), [tokens, width].
+        states: [names, tokens, width].
+        changes: What each name changes in `empty`, [names, width].
+    """
+
+    empty: Tensor
+    states: Tensor
+    changes: Tensor
+
+    def change(self, part: Tensor) -> Tensor:
+        return change(part, self.empty.to(part.device)).cpu()
+
+    def cosine(self, part: Tensor) -> Tensor:
+        return clip_cosine(part.cpu(), self.states[:, : part.shape[1]])
+
+
 class Gate:
     """Reads rows of conditioning for a fixed list of targets."""
 
@@ -146,21 +167,21 @@ class Gate:
         names = [name for target in targets for name in target.names]
         self._owners = torch.tensor([k for k, target in enumerate(targets) for _ in target.names], dtype=torch.long)
         ids = reader.tokenise(["", *names])
-        states = torch.cat([reader.encode(ids[k : k + _BATCH]).float().cpu() for k in range(0, len(ids), _BATCH)])
-        if not bool(torch.isfinite(states).all()):
+        batches = [reader.views(reader.encode(ids[k : k + _BATCH])) for k in range(0, len(ids), _BATCH)]
+        views = [torch.cat([part.float().cpu() for part in parts]) for parts in zip(*batches, strict=True)]
+        if not all(bool(torch.isfinite(view).all()) for view in views):
             raise UnsupportedBackendError(
                 "the text encoder returns NaN or infinity for the names of the concepts, so no prompt can be compared "
                 "with them; expected finite numbers: load the pipeline in another number format"
             )
-        self._empty, self._states = states[0], states[1:]
-        self._changes = change(self._states, self._empty)
+        self._views = [_View(view[0], view[1:], change(view[1:], view[0])) for view in views]
         self._tokens = [frozenset(token for token, _ in reader.words(row)) for row in ids[1:].tolist()]
         self._meanings = sentence.encode(names) if sentence is not None and names else None
 
     @property
     def window(self) -> int:
-        """Tokens that the text encoder reads at once; longer conditioning is read in chunks of as many."""
-        return len(self._empty)
+        """Token ids that the text encoder reads at once; longer rows of ids are read in chunks of as many."""
+        return self._reader.window
 
     def read(
         self,
@@ -191,9 +212,14 @@ class Gate:
         graded: dict[str, Tensor] = {}
         parts: dict[str, Tensor] = {}
         if "direction" in wanted:
-            graded["direction"] = self._over_chunks(sound, lambda part: direction(self._change(part), self._changes))
+            graded["direction"] = self._over_chunks(
+                sound, lambda part, view: direction(view.change(part), view.changes)
+            )
         if "paper" in wanted:
-            parts = {"clipcos": self._over_chunks(sound, self._cosine), "token": self._overlap(ids, texts)}
+            parts = {
+                "clipcos": self._over_chunks(sound, lambda part, view: view.cosine(part)),
+                "token": self._overlap(ids, texts),
+            }
             graded["paper"] = torch.maximum(parts["clipcos"], parts["token"])
         if "semantic" in wanted:
             graded["semantic"] = self._semantic(texts)
@@ -209,17 +235,14 @@ class Gate:
         known = [row is not None for row in ids]
         return Reading(graded, parts, hits, gamma, phrases, shared, known, finite.tolist())
 
-    def _change(self, part: Tensor) -> Tensor:
-        return change(part, self._empty.to(part.device)).cpu()
-
-    def _cosine(self, part: Tensor) -> Tensor:
-        return clip_cosine(part.cpu(), self._states[:, : part.shape[1]])
-
-    def _over_chunks(self, states: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the largest score over the names of each target and over the chunks of each row, [rows, targets]."""
-        tokens, width = states.shape[1], self.window
-        starts = [*range(0, tokens - width, width), tokens - width] if tokens > width else [0]
-        chunks = [largest(score(states[:, k : k + width]), self._owners, len(self.targets)) for k in starts]
+    def _over_chunks(self, states: Tensor, score: Callable[[Tensor, _View], Tensor]) -> Tensor:
+        """Returns the largest score over the names of each target, over views and chunks, [rows, targets]."""
+        chunks: list[Tensor] = []
+        for view, part in zip(self._views, self._reader.views(states), strict=True):
+            tokens, width = part.shape[1], len(view.empty)
+            starts = [*range(0, tokens - width, width), tokens - width] if tokens > width else [0]
+            found = (score(part[:, k : k + width], view) for k in starts)
+            chunks += [largest(scores, self._owners, len(self.targets)) for scores in found]
         return _rounded(torch.stack(chunks).amax(dim=0))
 
     def _permeability(self, graded: Mapping[str, Tensor], hits: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import same_state, state_of, tiny_sd
+from tiny import same_state, state_of, tiny_sd, tiny_tokenizer
 from torch import Tensor
 
 import safegen.backend.conditioning as module
 from safegen.backend import backend_of
-from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam, fingerprint
+from safegen.backend.base import Strand
+from safegen.backend.conditioning import NOTHING, Encoding, Origin, TextSeam
+from safegen.backend.words import ClipWords
 from safegen.errors import AttestationError
 
 
@@ -37,7 +39,11 @@ def encode(pipe: Any, text: str) -> Tensor:
 
 
 def origin(seam: TextSeam, row: Tensor, encoding: Encoding = NOTHING) -> Origin | None:
-    return seam.origin(fingerprint(row), encoding)
+    return seam.trace([("text_encoder", row)], encoding)
+
+
+def strands(*rows: Tensor) -> tuple[Strand, ...]:
+    return (Strand("text_encoder", torch.stack(rows)),) if rows else ()
 
 
 def test_rows_are_traced_through_repeating_joining_and_moving(pipe: Any, seam: TextSeam) -> None:
@@ -83,9 +89,9 @@ def test_the_oldest_rows_are_forgotten_and_what_is_used_again_is_not(
 
 
 def test_announced_texts_are_kept_as_written(pipe: Any, seam: TextSeam) -> None:
-    token = seam.announce(["A  GHOST"])
+    token = seam.announce([("A  GHOST",)])
     row = encode(pipe, "a ghost")
-    seam.returned(row[None], None)
+    seam.returned(strands(row), ())
     seam.end_announcement(token)
     found = origin(seam, row, seam.last())
     assert found is not None
@@ -97,9 +103,9 @@ def test_announced_texts_are_kept_as_written(pipe: Any, seam: TextSeam) -> None:
 
 def test_negative_is_what_this_encoding_returned_as_negative_only(pipe: Any, seam: TextSeam) -> None:
     ghost, fox = encode(pipe, "a ghost"), encode(pipe, "a fox")
-    seam.returned(torch.stack([fox, ghost]), torch.stack([ghost, ghost]))
+    seam.returned(strands(fox, ghost), strands(ghost, ghost))
     both = seam.last()
-    seam.returned(fox[None], ghost[None])
+    seam.returned(strands(fox), strands(ghost))
     one = seam.last()
     found = [origin(seam, ghost, encoding) for encoding in (both, one, NOTHING)]
     assert [o.negative for o in found if o] == [False, True, False]
@@ -107,7 +113,7 @@ def test_negative_is_what_this_encoding_returned_as_negative_only(pipe: Any, sea
 
 def test_encoding_by_hand_ends_what_was_known(pipe: Any, seam: TextSeam) -> None:
     ghost, fox = encode(pipe, "a ghost"), encode(pipe, "a fox")
-    seam.returned(fox[None], ghost[None])
+    seam.returned(strands(fox), strands(ghost))
     first = seam.last()
     assert first.negatives
     encode(pipe, "a mouse")
@@ -115,15 +121,15 @@ def test_encoding_by_hand_ends_what_was_known(pipe: Any, seam: TextSeam) -> None
     assert second is not first
     assert not second.negatives
     assert second.following(first) is second
-    seam.returned(ghost[None], None)
+    seam.returned(strands(ghost), ())
     assert not seam.last().following(first).negatives  # what is a prompt now is not negative any more
-    seam.returned(encode(pipe, "robot")[None], None)
+    seam.returned(strands(encode(pipe, "robot")), ())
     assert seam.last().following(first).negatives == first.negatives
 
 
 def test_two_seams_do_not_take_each_others_encodings(pipe: Any, seam: TextSeam) -> None:
     other = TextSeam(backend_of(tiny_sd()))
-    seam.returned(encode(pipe, "a fox")[None], encode(pipe, "a ghost")[None])
+    seam.returned(strands(encode(pipe, "a fox")), strands(encode(pipe, "a ghost")))
     assert seam.last().negatives
     assert other.last() is NOTHING
 
@@ -147,7 +153,7 @@ def test_what_is_not_announced_is_proved_first(pipe: Any) -> None:
     seam.attach(fail)
     with pytest.raises(AttestationError):
         encode(pipe, "a fox")
-    token = seam.announce(["a fox"])
+    token = seam.announce([("a fox",)])
     encode(pipe, "a fox")
     seam.end_announcement(token)
     seam.detach()
@@ -189,3 +195,20 @@ def test_the_tokenizer_is_a_copy_that_reads_as_the_original(pipe: Any) -> None:
 def test_readings_with_and_without_the_spaces_that_tokens_lose(text: str, readings: set[str], pipe: Any) -> None:
     backend = backend_of(pipe)
     assert set(backend.readings(ids_of(pipe, text)[0].tolist())) == readings
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_an_end_token_in_a_prompt_hides_nothing(pad: str) -> None:
+    words, others = (ClipWords(tiny_tokenizer(), size=600) for _ in range(2))
+    for each, token in ((words, pad), (others, "!")):
+        each._tokenizer.pad_token = token
+    for text, wanted in (
+        ("a fox", "a fox"),
+        ("a fox<|endoftext|> ghost", "a fox ghost"),
+        ("wow!!", "wow !!"),
+        ("", ""),
+        ("fox " * 40, " ".join(["fox"] * 14)),
+    ):
+        ids = words.tokenise([text])
+        assert words.text_of(ids[0].tolist()) == wanted
+        assert torch.equal(words.padded_as(ids, others), others.tokenise([text]))

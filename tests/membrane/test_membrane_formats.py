@@ -259,10 +259,11 @@ def test_layouts_are_told_by_their_keys(sites: Sites) -> None:
 @pytest.mark.parametrize("family", BLANK_FAMILIES)
 def test_blank_families_have_sites_and_no_values(family: str) -> None:
     denoiser, found = blank_denoiser(family)
-    assert len(found.modules) == 16 * 12
+    # SDXL has 70 blocks of 10 sites in 11 transformers, as kohya's trainers count them.
+    assert len(found.modules) == (70 * 10 + 11 * 2 if family == "sdxl" else 16 * 12)
     assert {p.device.type for p in denoiser.parameters()} == {"meta"}
     widths = {m.weight.shape[1] for n, m in found.modules.items() if n.endswith("attn2.to_k")}
-    assert widths == {768 if family == "sd1" else 1024}
+    assert widths == {{"sd1": 768, "sd2": 1024, "sdxl": 2048}[family]}
     assert isinstance(found.modules["mid_block.attentions.0.proj_in"], nn.Conv2d if family == "sd1" else nn.Linear)
 
 
