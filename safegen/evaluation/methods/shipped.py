@@ -1,8 +1,8 @@
 """safegen: the shipped recipe, through its public surface (`safegen.training`); see docs/reference/training.md.
 
 It is SPM's Eq. 8, `L = L_era + λ L_anc`, with anchors drawn towards the target's neighbours by the text encoder
-(docs/decisions/0005). Look-alikes named by hand, which the zoo trains with, are left out here: the comparison counts them
-among the neighbours, and no rival is told them.
+(docs/decisions/0005). Look-alikes named by hand, which the zoo trains with, are left out here: the comparison counts
+them among the neighbours, and no rival is told them.
 """
 
 from __future__ import annotations
