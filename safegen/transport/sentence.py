@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from safegen.errors import UsageError
+from safegen.errors import UnsupportedBackendError, UsageError
 from safegen.transport.encoding import weights_digest
 
 _PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
@@ -57,7 +57,11 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Returns unit vectors of texts, [n, width]; a text that was encoded before costs nothing."""
+        """Returns unit vectors of texts, [n, width]; a text that was encoded before costs nothing.
+
+        Raises:
+            UnsupportedBackendError: The encoder returns NaN or infinity, which no threshold would let through.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._kept]
         if len(self._kept) + len(new) > 4096:
             self._kept, new = {}, list(dict.fromkeys(texts))
@@ -66,5 +70,10 @@ class SentenceEncoder:
             states = self._model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"].unsqueeze(-1)
             pooled = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            if not bool(torch.isfinite(pooled).all()):
+                raise UnsupportedBackendError(
+                    f"the sentence encoder returns NaN or infinity for {len(new)} texts, so no prompt can be compared; "
+                    "expected finite numbers: check its weights"
+                )
             self._kept |= dict(zip(new, normalize(pooled, dim=1), strict=True))
         return torch.stack([self._kept[text] for text in texts])

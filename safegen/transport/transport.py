@@ -205,6 +205,13 @@ class Gate:
             The scores. For a row of unknown origin γ follows the graded scores alone; what is done with such a row is
             the policy's `on_unknown`. A row with values that are no numbers gets γ 1 and must be refused.
         """
+        # Scores are calibrated in float32; a host that draws under autocast would have them computed in its own format.
+        with torch.autocast(states.device.type, enabled=False):
+            return self._read(states, ids, given or [None] * len(ids), every=every)
+
+    def _read(
+        self, states: Tensor, ids: Sequence[Sequence[int] | None], given: Sequence[str | None], *, every: bool
+    ) -> Reading:
         finite = torch.isfinite(states.float().sum(dim=1)).all(dim=1).cpu()  # NaN and infinity survive a sum
         sound = states if bool(finite.all()) else torch.where(finite.to(states.device)[:, None, None], states, 0)
         texts = [self._texts(row) for row in ids]
@@ -223,7 +230,7 @@ class Gate:
             graded["paper"] = torch.maximum(parts["clipcos"], parts["token"])
         if "semantic" in wanted:
             graded["semantic"] = self._semantic(texts)
-        own = [() if text is None else (text,) for text in given or [None] * len(ids)]
+        own = [() if text is None else (text,) for text in given]
         phrases = [self._found(dict.fromkeys((*row, *text))) for row, text in zip(texts, own, strict=True)]
         hits = lexical([[k for k in found if self.targets[k].lexical] for found in phrases], len(self.targets))
         gamma = self._permeability(graded, hits)

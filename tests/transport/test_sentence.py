@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_sd, tiny_sentence_encoder
 
 from safegen.backend import backend_of
-from safegen.errors import UsageError
+from safegen.errors import UnsupportedBackendError, UsageError
 from safegen.transport.calibrate import calibrate
 from safegen.transport.curve import Curve
 from safegen.transport.sentence import SentenceEncoder
@@ -39,6 +39,15 @@ def test_the_gate_opens_by_meaning_where_the_words_are_known(folder: Path) -> No
     unknown = gate.read(states, [None, None])
     assert unknown.permeability.squeeze(1).tolist() == [0.0, 0.0]
     assert unknown.score(0, 0).semantic is None
+
+
+def test_a_sentence_encoder_of_nan_refuses(folder: Path) -> None:
+    encoder = SentenceEncoder(str(folder))
+    encoder.encode(["a ghost"])
+    for parameter in encoder._model.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(UnsupportedBackendError, match="sentence encoder returns NaN or infinity for 1 texts"):
+        encoder.encode(["a ghost", "a fox"])
 
 
 def test_it_is_calibrated_on_its_own_fingerprint(folder: Path) -> None:
