@@ -135,18 +135,16 @@ class Gatekeeper:
             for k, origin in enumerate(origins)
         ]
         rows = [row and self._with_others(row, origins[k], every=every) for k, row in enumerate(rows)]
-        wanted = [k for k, decision in enumerate(rows) if decision is not None]
+        wanted = [decision for decision in rows if decision is not None] or prompts
         negatives = [k for k, decision in enumerate(rows) if decision is None]
-        paired = {n: [p] for n, p in zip(negatives, wanted, strict=False)}
+        paired: dict[int, Sequence[Decision]] = {n: [p] for n, p in zip(negatives, wanted, strict=False)}
         if len(negatives) != len(wanted):  # which belongs to which is not known
             paired = dict.fromkeys(negatives, wanted)
         full = [1.0] * len(self.installed)
         return [
             decision
             if decision is not None
-            else self._negative(
-                _Row(view, rules, reading, k, full), origins[k], [one for p in paired[k] if (one := rows[p])] or prompts
-            )
+            else self._negative(_Row(view, rules, reading, k, full), origins[k], paired[k])
             for k, decision in enumerate(rows)
         ]
 

@@ -115,9 +115,10 @@ class Run:
         return next((branch for branch in last if not _negative(branch.origins)), last[0])
 
     def prompts(self) -> list[Decision]:
-        """Returns what was decided for the run's prompts so far."""
-        found = [one for branch in self.branches for one in zip(branch.decisions, branch.origins, strict=True)]
-        return [decision for decision, origin in found if origin is None or not origin.negative]
+        """Returns what was decided for the run's prompts last; nothing where no call has held them yet."""
+        branch = next((branch for branch in reversed(self.branches) if not _negative(branch.origins)), None)
+        rows = zip(branch.decisions, branch.origins, strict=True) if branch is not None else ()
+        return [decision for decision, origin in rows if origin is None or not origin.negative]
 
 
 def _negative(origins: Sequence[Origin | None]) -> bool:
