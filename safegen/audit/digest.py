@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safegen.audit.chain import SCHEMA_VERSION, canonical, parse_line, utc_now
-from safegen.audit.linefile import LineFile, sync_folder, write_error
+from safegen.audit.linefile import LineFile, write_error
 from safegen.audit.plain import Plain, as_dict
 from safegen.audit.signing import Signer, signed_by
+from safegen.files import make_durable
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -140,7 +141,7 @@ class DigestFile:
         self._previous = previous
         try:
             self._file = LineFile(self.path)
-            sync_folder(self.path.parent)
+            make_durable(self.path.parent)
         except OSError as error:
             raise write_error(self.path, "cannot create the digests of the audit segment", error) from error
 

@@ -114,15 +114,6 @@ def alone_in(folder: Path) -> Generator[None]:
         os.close(fd)
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_error(path: Path, what: str, error: OSError) -> AuditWriteError:
     """Returns the error for a refusal of the system: path, its text, and what to do."""
     advice = _ADVICE.get(error.errno or 0, "check the disk and the directory of the log")

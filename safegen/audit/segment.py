@@ -16,8 +16,9 @@ from pathlib import Path
 
 from safegen.audit.chain import GENESIS, MAX_RECORD_BYTES, utc_now
 from safegen.audit.digest import DigestFile
-from safegen.audit.linefile import LineFile, sync_folder, write_error
+from safegen.audit.linefile import LineFile, write_error
 from safegen.errors import AuditWriteError
+from safegen.files import make_durable
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class Segment:
         try:
             self._draft.rename(self.path)
             for folder in (self.path.parent, self.path.parent.parent):
-                sync_folder(folder)
+                make_durable(folder)
         except OSError as error:
             raise write_error(self.path, "cannot create the audit segment", error) from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safegen.errors import FormatError
+from safegen.files import write_atomically
 from safegen.membrane.file import MAX_HEADER_BYTES, read_with_digest
 from safegen.transport.calibration import METADATA_KEY
 
@@ -46,11 +47,12 @@ def write_calibration(path: Path, calibration: str, section: str) -> str:
             f"{MAX_HEADER_BYTES}; calibrate a copy without those of other encoders"
         )
     written = len(text).to_bytes(8, "little") + text + content[8 + length :]
-    _replace(path, written)
+    write_atomically(path, lambda draft: draft.write_bytes(written))
     digest = hashlib.sha256(written).hexdigest()
     card = path.with_name("card.md")
     if card.is_file():
-        _replace(card, with_section(card.read_text("utf-8").replace(before, digest), section).encode())
+        text = with_section(card.read_text("utf-8").replace(before, digest), section)
+        write_atomically(card, lambda draft: draft.write_bytes(text.encode()))
     return digest
 
 
@@ -60,9 +62,3 @@ def with_section(card: str, section: str) -> str:
     if _SECTION.search(card):
         return _SECTION.sub(lambda _: section + "\n", card, count=1).rstrip("\n") + "\n"
     return f"{card.rstrip()}\n\n{section}"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    draft.replace(path)

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from safegen.errors import FormatError, InjectionError, MembraneError, MembraneNotFoundError
+from safegen.files import write_atomically
 from safegen.membrane.layouts import Layout, Place, assemble, classify, group
 from safegen.membrane.metadata import ADAPTER, SPEC, SPEC_HASH, described, membrane_of
 from safegen.membrane.weights import Membrane
@@ -246,8 +247,5 @@ def write_container(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
             f"accept {MAX_TENSORS} tensors, {MAX_HEADER_BYTES} bytes of header and {limit} in all: lower the rank"
         )
     content = len(head).to_bytes(8, "little") + head + bare[start:]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_atomically(path, lambda draft: draft.write_bytes(content))
     return hashlib.sha256(content).hexdigest()

@@ -11,6 +11,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from safegen.files import write_atomically
+
 
 class Ema:
     """Exponential moving average of a module's parameters, with the decay warmed up over the first steps."""
@@ -62,14 +64,6 @@ def trapezoid(step: int, steps: int, *, warmup: int, decay: float = 0.35) -> flo
     if step < warmup:
         return (step + 1) / warmup
     return min(1.0, (steps - step) / (decay * steps))
-
-
-def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` write beside `path`, then renames: a stop leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".part")
-    save(temporary)
-    temporary.replace(path)
 
 
 def run_steps(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,31 +13,9 @@ from typing import Any
 import torch
 
 from safegen.errors import TrainingError
+from safegen.files import write_atomically
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
-
-
-def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` write beside `path`, makes that durable, then renames it.
-
-    Args:
-        path: The file to write; its folder is made.
-        save: Writes the content to the path that it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".part")
-    save(temporary)
-    _make_durable(temporary)
-    temporary.replace(path)
-    _make_durable(path.parent)  # the new name too
-
-
-def _make_durable(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True, slots=True)

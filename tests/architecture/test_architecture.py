@@ -20,15 +20,16 @@ FRAMEWORKS = {"torch", "diffusers", "transformers", "safetensors", "peft", "acce
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
+    "files": set(),
     "resources": {"errors"},
     "text": {"errors"},
     "spans": {"text"},
     "prompts": {"errors"},
     "policy": {"errors", "resources", "spans", "text"},
     "bundle": {"errors", "resources"},
-    "audit": {"errors", "_version"},
+    "audit": {"errors", "files", "_version"},
     "transport": {"errors", "text"},
-    "membrane": {"errors", "transport"},
+    "membrane": {"errors", "files", "transport"},
     "backend": {"errors", "transport", "membrane"},
     "decision": {"errors", "backend", "transport", "membrane", "policy"},
     "gatekeeper": {"backend", "decision", "transport", "policy"},
@@ -39,10 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "guard": {
         *("errors", "audit", "backend", "bundle", "membrane", "policy", "gatekeeper", "composition", "record", "run")
     },
-    "training": {"errors", "resources", "backend", "membrane", "policy"},
+    "training": {"errors", "files", "resources", "backend", "membrane", "policy"},
 }
 ABOVE = {"evaluation", "mini", "cli", "serving", "integrations", "__main__", "__init__"}  # nobody below imports them
-WITHOUT_TORCH = {"errors", "_version", "resources", "spans", "text", "prompts", "policy", "bundle", "audit"}
+WITHOUT_TORCH = {"errors", "files", "_version", "resources", "spans", "text", "prompts", "policy", "bundle", "audit"}
 # `load_pipeline("mini")` loads the embedded model where a host would be loaded; only when asked for.
 EXCEPTIONS = {("backend/loading.py", "mini")}
 
