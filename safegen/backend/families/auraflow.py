@@ -21,6 +21,7 @@ from safegen.backend.words import Words
 class AuraFlow(SingleEncoder):
     """A transformer that reads T5's tokens beside the image's."""
 
+    stem = "auraflow"
     looked_for = "a `transformer` (AuraFlowTransformer2DModel) with a `text_encoder` (UMT5EncoderModel) (AuraFlow)"
     blocks = (AuraFlowJointTransformerBlock, AuraFlowSingleTransformerBlock)
     capabilities = Capabilities(trains=False, negatives=True)
@@ -33,10 +34,6 @@ class AuraFlow(SingleEncoder):
     def read_by(self, pipe: Any) -> dict[str, Words]:
         """See `Family`."""
         return {self.encoder: t5_reader(pipe, self.encoder, 256)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"auraflow-{self.sites.architecture[:8]}"
 
     def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """See `Backend`."""

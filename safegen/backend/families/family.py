@@ -25,6 +25,7 @@ class Family(ABC):
     """One pipeline of diffusers.
 
     Attributes:
+        stem: What the ids of its base families begin with.
         looked_for: The parts by which the family is told, for the message about an object that is of none.
         blocks: Classes of the denoiser's transformer blocks, which hold the sites.
         capabilities: See `Backend`.
@@ -35,6 +36,7 @@ class Family(ABC):
             return.
     """
 
+    stem: ClassVar[str]
     looked_for: ClassVar[str]
     blocks: tuple[type[nn.Module], ...]
     capabilities: Capabilities
@@ -75,10 +77,6 @@ class Family(ABC):
         """Returns the words of each text encoder by its name; the one that the gate reads first."""
 
     @abstractmethod
-    def name(self) -> str:
-        """Returns the id of the base family."""
-
-    @abstractmethod
     def encode(self, ids: Tensor) -> Tensor:
         """See `TextReader`."""
 
@@ -97,6 +95,14 @@ class Family(ABC):
     @abstractmethod
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See `Backend`."""
+
+    def name(self) -> str:
+        """Returns the id of the base family: a published one's, or one of its own for each architecture."""
+        return self.published() or f"{self.stem}-{self.sites.architecture[:8]}"
+
+    def published(self) -> str | None:
+        """Returns the id of the published models whose shape this denoiser has; by default none is told apart."""
+        return None
 
     def refuse(self, pipe: Any) -> None:  # noqa: B027 - most families refuse nothing
         """Refuses a pipeline of the family that would not be guarded whole; by default none.

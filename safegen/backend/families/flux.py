@@ -32,6 +32,7 @@ class Flux(Family):
     2x2 patches here as the transformer takes them.
     """
 
+    stem = "flux1"
     looked_for = (
         "a `transformer` (FluxTransformer2DModel) with a `text_encoder` (CLIPTextModel) and a `text_encoder_2` "
         "(T5EncoderModel) (FLUX.1)"
@@ -52,11 +53,11 @@ class Flux(Family):
         """See `Family`."""
         return clip_readers(pipe, [_CLIP]) | {_T5: t5_reader(pipe, _T5, _T5_LENGTH)}
 
-    def name(self) -> str:
+    def published(self) -> str | None:
         """See `Family`."""
         config = self.denoiser.config
         published = (config.num_layers, config.num_single_layers, config.joint_attention_dim) == (19, 38, 4096)
-        return "flux1" if published else f"flux1-{self.sites.architecture[:8]}"
+        return "flux1" if published else None
 
     def encode(self, ids: Tensor) -> Tensor:
         """See `TextReader`: CLIP's pooled vector as one token, [n, 1, width]."""

@@ -27,6 +27,7 @@ _GUIDANCE = 4.0
 class Flux2(SingleEncoder):
     """A transformer that reads three layers of the chat model side by side, padding included."""
 
+    stem = "flux2"
     looked_for = (
         "a `transformer` (Flux2Transformer2DModel) with a `text_encoder` (Mistral3ForConditionalGeneration, or "
         "Qwen3ForCausalLM) (FLUX.2)"
@@ -52,10 +53,6 @@ class Flux2(SingleEncoder):
             messages = [{"role": "system", "content": system}, {"role": "user", "content": []}]
             template = chat_template(pipe.tokenizer, messages, add_generation_prompt=False)
         return {self.encoder: chat_reader(pipe, self.encoder, template, length=_LENGTH)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"flux2-{self.sites.architecture[:8]}"
 
     def taken(self, output: Any) -> Tensor:
         """See `SingleEncoder`."""

@@ -28,6 +28,7 @@ class HunyuanDiT(Family):
     Packed conditioning is [rows, 77 + 256, width], 0 where nothing is read.
     """
 
+    stem = "hunyuan-dit"
     looked_for = (
         "a `transformer` (HunyuanDiT2DModel) with a `text_encoder` (BertModel) and a `text_encoder_2` (T5EncoderModel) "
         "(HunyuanDiT)"
@@ -47,10 +48,6 @@ class HunyuanDiT(Family):
             _BERT: Words(pipe.tokenizer, size=size, length=_LENGTHS[_BERT]),
             _T5: t5_reader(pipe, _T5, _LENGTHS[_T5]),
         }
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"hunyuan-dit-{self.sites.architecture[:8]}"
 
     def _states(self, name: str, ids: Tensor) -> Tensor:
         outputs = self.run_encoder(name, ids, masked=True)

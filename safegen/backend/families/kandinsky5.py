@@ -29,6 +29,7 @@ class Kandinsky5(Family):
     Packed conditioning is [rows, the chat model's tokens + 1, width]; the last token is the pooled vector.
     """
 
+    stem = "kandinsky5"
     looked_for = (
         "a `transformer` (Kandinsky5Transformer3DModel) with a `text_encoder` (Qwen2_5_VLForConditionalGeneration) and "
         "a `text_encoder_2` (CLIPTextModel) (Kandinsky 5)"
@@ -53,10 +54,6 @@ class Kandinsky5(Family):
         """See `Family`."""
         before, _, after = pipe.prompt_template.partition("{}")
         return clip_readers(pipe, [_CLIP]) | {_CHAT: chat_reader(pipe, _CHAT, (before, after))}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"kandinsky5-{self.sites.architecture[:8]}"
 
     def encode(self, ids: Tensor) -> Tensor:
         """See `TextReader`: CLIP's pooled vector as one token, [n, 1, width]."""

@@ -21,6 +21,7 @@ _RATE = 25  # frames a second, the pipeline's default
 class LtxVideo(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
+    stem = "ltx"
     looked_for = "a `transformer` (LTXVideoTransformer3DModel) with a `text_encoder` (T5EncoderModel) (LTX-Video)"
     blocks = (LTXVideoTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
@@ -35,10 +36,6 @@ class LtxVideo(SingleEncoder):
     def read_by(self, pipe: Any) -> dict[str, Words]:
         """See `Family`."""
         return {self.encoder: t5_reader(pipe, self.encoder, 128)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"ltx-{self.sites.architecture[:8]}"
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

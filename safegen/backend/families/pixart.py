@@ -20,6 +20,7 @@ _LENGTHS = {"PixArtAlpha": 120}  # default of max_sequence_length; 300 elsewhere
 class PixArt(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
+    stem = "pixart"
     looked_for = (
         "a `transformer` (PixArtTransformer2DModel) with a `text_encoder` (T5EncoderModel) (PixArt-α, PixArt-Σ)"
     )
@@ -37,11 +38,11 @@ class PixArt(SingleEncoder):
         length = next((n for name, n in _LENGTHS.items() if type(pipe).__name__.startswith(name)), 300)
         return {self.encoder: t5_reader(pipe, self.encoder, length)}
 
-    def name(self) -> str:
+    def published(self) -> str | None:
         """See `Family`."""
         config = self.denoiser.config
         published = (config.num_layers, config.num_attention_heads, config.caption_channels) == (28, 16, 4096)
-        return "pixart" if published else f"pixart-{self.sites.architecture[:8]}"
+        return "pixart" if published else None
 
     def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """See `Backend`; without the variance that it may predict too."""

@@ -87,6 +87,7 @@ def states_of(output: Any) -> Tensor:
 class PlainTorch(Family):
     """A `TorchPipeline`; the gate scores the states as they are."""
 
+    stem = "torch"
     looked_for = "a safegen.backend.TorchPipeline (any denoiser of torch)"
     slot = "denoiser"
 
@@ -106,10 +107,6 @@ class PlainTorch(Family):
         if any(token.endswith("</w>") for token in pipe.tokenizer.get_vocab()):  # as CLIP's
             return {_ENCODER: ClipWords(pipe.tokenizer, size=size)}
         return {_ENCODER: Words(pipe.tokenizer, size=size, length=int(pipe.tokenizer.model_max_length))}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"torch-{self.sites.architecture[:8]}"
 
     def encode(self, ids: Tensor) -> Tensor:
         """See `Backend`."""

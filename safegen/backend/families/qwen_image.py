@@ -21,6 +21,7 @@ from safegen.backend.words import Words
 class QwenImage(SingleEncoder):
     """A transformer that reads the chat model's last states beside the image's tokens."""
 
+    stem = "qwen-image"
     looked_for = (
         "a `transformer` (QwenImageTransformer2DModel) with a `text_encoder` (Qwen2_5_VLForConditionalGeneration) "
         "(Qwen-Image)"
@@ -45,10 +46,6 @@ class QwenImage(SingleEncoder):
         """See `Family`."""
         before, _, after = pipe.prompt_template_encode.partition("{}")
         return {self.encoder: chat_reader(pipe, self.encoder, (before, after))}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"qwen-image-{self.sites.architecture[:8]}"
 
     def taken(self, output: Any) -> Tensor:
         """See `SingleEncoder`."""

@@ -27,6 +27,7 @@ def _instruction(pipe: Any) -> str:
 class Sana(SingleEncoder):
     """A transformer that reads Gemma's tokens through cross-attention. Grouped convolutions are no sites."""
 
+    stem = "sana"
     looked_for = "a `transformer` (SanaTransformer2DModel) with a `text_encoder` (Gemma2Model) and a `tokenizer` (Sana)"
     blocks = (SanaTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
@@ -43,10 +44,6 @@ class Sana(SingleEncoder):
         more = len(pipe.tokenizer.encode(before)) - 2 if before else 0
         size = vocabulary_of(pipe.text_encoder)
         return {self.encoder: Words(pipe.tokenizer, size=size, length=_LENGTH + more, before=before)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"sana-{self.sites.architecture[:8]}"
 
     def cut(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """See `SingleEncoder`: the begin token, and the last tokens, which hold the prompt."""

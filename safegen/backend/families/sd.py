@@ -31,6 +31,7 @@ _ENCODER = "text_encoder"
 class StableDiffusion(Family):
     """A pipeline with one CLIP text encoder and a U-Net conditioned on its last hidden state."""
 
+    stem = "sd"
     looked_for = (
         "a `unet` (UNet2DConditionModel) with one `text_encoder` (CLIPTextModel) and a `tokenizer` (Stable Diffusion "
         "1.x, 2.x and models of the same architecture)"
@@ -56,11 +57,11 @@ class StableDiffusion(Family):
         """See `Family`."""
         return {_ENCODER: ClipWords(pipe.tokenizer, size=int(pipe.text_encoder.config.vocab_size))}
 
-    def name(self) -> str:
+    def published(self) -> str | None:
         """See `Family`."""
         config = self.denoiser.config
         key = (config.cross_attention_dim, tuple(config.block_out_channels))
-        return _FAMILIES.get(key, f"sd-{self.sites.architecture[:8]}")
+        return _FAMILIES.get(key)
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Tensor:

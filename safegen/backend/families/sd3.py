@@ -30,6 +30,7 @@ class StableDiffusion3(Family):
     the pooled vector.
     """
 
+    stem = "sd3"
     looked_for = (
         "a `transformer` (SD3Transformer2DModel) with `text_encoder` and `text_encoder_2` "
         "(CLIPTextModelWithProjection) and, "
@@ -52,10 +53,6 @@ class StableDiffusion3(Family):
         """See `Family`."""
         readers = clip_readers(pipe, _CLIP)
         return readers if pipe.text_encoder_3 is None else readers | {_T5: t5_reader(pipe, _T5, _T5_LENGTH)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"sd3-{self.sites.architecture[:8]}"
 
     def graded(self) -> tuple[str, ...]:
         """See `Family`."""

@@ -29,6 +29,7 @@ class StableDiffusionXL(Family):
     vector of the second encoder.
     """
 
+    stem = "sdxl"
     looked_for = (
         "a `unet` (UNet2DConditionModel, `addition_embed_type: text_time`) with a `text_encoder_2` "
         "(CLIPTextModelWithProjection), and a `text_encoder` (CLIPTextModel) except in the refiner (SDXL)"
@@ -54,11 +55,11 @@ class StableDiffusionXL(Family):
         """See `Family`."""
         return clip_readers(pipe, [name for name in _ENCODERS if getattr(pipe, name, None) is not None])
 
-    def name(self) -> str:
+    def published(self) -> str | None:
         """See `Family`."""
         config = self.denoiser.config
         key = (config.cross_attention_dim, tuple(config.block_out_channels))
-        return _FAMILIES.get(key, f"sdxl-{self.sites.architecture[:8]}")
+        return _FAMILIES.get(key)
 
     def graded(self) -> tuple[str, ...]:
         """See `Family`."""

@@ -22,6 +22,7 @@ _SHAPE = (3, 60, 104)  # frames, height and width of short latents: 9 frames of 
 class Wan(SingleEncoder):
     """A transformer that reads T5's tokens through cross-attention."""
 
+    stem = "wan"
     looked_for = "one `transformer` (WanTransformer3DModel) with a `text_encoder` (UMT5EncoderModel) (Wan 2.1)"
     blocks = (WanTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True, calls=2)
@@ -44,10 +45,6 @@ class Wan(SingleEncoder):
     def read_by(self, pipe: Any) -> dict[str, Words]:
         """See `Family`."""
         return {self.encoder: t5_reader(pipe, self.encoder, 512)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"wan-{self.sites.architecture[:8]}"
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from safegen.errors import UnsupportedBackendError
 class ZImage(SingleEncoder):
     """A transformer that reads a list of the chat model's states, one [tokens, width] per row."""
 
+    stem = "z-image"
     looked_for = "a `transformer` (ZImageTransformer2DModel) with a `text_encoder` (Qwen3Model) (Z-Image)"
     blocks = (ZImageTransformerBlock,)
     capabilities = Capabilities(trains=False, negatives=True)
@@ -39,10 +40,6 @@ class ZImage(SingleEncoder):
         messages = [{"role": "user", "content": ""}]
         template = chat_template(pipe.tokenizer, messages, add_generation_prompt=True, enable_thinking=True)
         return {self.encoder: chat_reader(pipe, self.encoder, template)}
-
-    def name(self) -> str:
-        """See `Family`."""
-        return f"z-image-{self.sites.architecture[:8]}"
 
     def taken(self, output: Any) -> Tensor:
         """See `SingleEncoder`."""
