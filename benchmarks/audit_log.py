@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from typing import Annotated, Any
 
 import typer
 from audit_log_parts.writer import KEY, SIGNER, write_record
-from floors import Floor, finish
+from floors import Floor, command, finish
 from rich.console import Console
 
 from safegen.audit import AuditLog, AuditOptions, read_records, verify
@@ -229,7 +228,7 @@ def main(
     ]
     result = {
         "benchmark": "The audit log",
-        "command": shlex.join(["python", "benchmarks/audit_log.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "none: records with twenty membranes",
         "peer": "json.dumps and one write per record, with fdatasync where durable",
         "processors": os.cpu_count(),

@@ -11,9 +11,7 @@ their factors. PEFT stops at 16: adding 128 adapters takes it minutes. Exit code
 from __future__ import annotations
 
 import copy
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,7 +24,7 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from floors import Floor, finish
+from floors import Floor, command, finish
 from peft import LoraConfig
 from rich.console import Console
 from torch import Tensor, nn
@@ -419,7 +417,7 @@ def main(
         peers, floors = peers | more_peers, floors + more
     report = {
         "benchmark": "The membrane engine",
-        "command": shlex.join(["python", "benchmarks/compose.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "U-Nets with random weights: small" if smoke or tiny else "U-Net of Stable Diffusion 1.4's shape",
         "threads": torch.get_num_threads(),
         "rounds": rounds,

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
@@ -22,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from floors import Floor, finish
+from floors import Floor, command, finish
 from rich.console import Console
 
 import safegen
@@ -220,7 +218,7 @@ def main(
         floors += more
     report = {
         "benchmark": "One prompt, end to end",
-        "command": shlex.join(["python", "benchmarks/end_to_end.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "safegen-mini",
         "peer": "the same pipeline without a policy",
         "images_per_figure": images,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import typer
@@ -33,6 +35,11 @@ class Floor:
     def at_most(cls, name: str, value: float, floor: float) -> Floor:
         """A number that must not be higher."""
         return cls(name, round(value, 4), "at most", floor, value <= floor)
+
+
+def command(script: str) -> str:
+    """Returns the command that runs a benchmark as it runs now; `script` is its `__file__`."""
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]])
 
 
 def finish(report: Mapping[str, Any], floors: Sequence[Floor], *, as_json: bool) -> None:

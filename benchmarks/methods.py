@@ -11,8 +11,6 @@ missed.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 import typer
 from end_to_end import fingerprint
-from floors import finish
+from floors import command, finish
 from methods_parts import plot, summary
 from methods_parts.cache import Cache, describe
 from PIL import Image
@@ -184,7 +182,7 @@ def main(
     floors = summary.floors(lines, len({each for each in sets if len(each) == 1}), seeds)
     report = {
         "benchmark": "Erasing methods side by side",
-        "command": shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "safegen-mini",
         "peer": "all methods in the same run; the base model is drawn from the same noise",
         "images_per_figure": images,

@@ -10,8 +10,6 @@ docs/decisions/0015 weighs. The independent judge looks at both halves of a scen
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 import typer
-from floors import Floor, console, finish
+from floors import Floor, command, console, finish
 from PIL.Image import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -260,7 +258,7 @@ def main(
     floors = floors_of(ratios(overall["base"], overall["plain"]))
     report = {
         "benchmark": "Scenes of two objects",
-        "command": shlex.join(["python", "benchmarks/scenes.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "safegen-mini",
         "peer": "the base model, drawn in the same run",
         "scenes_per_concept": count,

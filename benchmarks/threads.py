@@ -11,8 +11,6 @@ released code does, on a tenth of the images. Exit code 1 if a floor is missed.
 from __future__ import annotations
 
 import copy
-import shlex
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +23,7 @@ import torch
 import typer
 from diffusers import StableDiffusionPipeline
 from end_to_end import KEY
-from floors import Floor, finish
+from floors import Floor, command, finish
 from rich.console import Console
 from torch import Tensor
 
@@ -170,7 +168,7 @@ def main(
         peers = on_the_modules(pipe, threads, -(-images // 10), steps, Path(name))
     report = {
         "benchmark": "Threads on one denoiser",
-        "command": shlex.join(["python", "benchmarks/threads.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "safegen-mini",
         "threads": threads,
         "images_per_thread": images,

@@ -12,9 +12,7 @@ counted in full. Exit code 1 if a floor is missed.
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -24,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import DDIMScheduler
-from floors import Floor, finish
+from floors import Floor, command, finish
 from rich.console import Console
 from torch import Tensor
 
@@ -173,7 +171,7 @@ def main(
         floors += more
     report = {
         "benchmark": "Training membranes",
-        "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "model": "safegen-mini",
         "peer": "SPM's released algorithm, all its predictions",
         "rounds": rounds,
