@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from safegen import mini
-from safegen.backend import backend_of
-from safegen.backend.injection import Injection, Opening
 from safegen.bundle.store import MEMBRANE_FILE
 from safegen.evaluation.erasure import Drawn, cases, draw_cases, neighbours
+from safegen.evaluation.methods.adapters import Adapters
 from safegen.evaluation.sheet import Pair, pairs_sheet
 from safegen.membrane.file import read_membrane
 from safegen.membrane.weights import Membrane
@@ -33,29 +30,10 @@ IMAGES = 200
 _SHOWN = 16  # pairs of a grid
 
 
-@contextmanager
-def forced_open(pipe: Any, membranes: Sequence[Membrane]) -> Generator[None]:
-    """Opens membranes fully for every conditional row (γ = 1), whatever the prompt: no gate to hide behind."""
-    backend = backend_of(pipe)
-    injection = Injection(backend.denoiser, backend.sites, membranes, backend.family)
-
-    def opening(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
-        rows = len(backend.call(args, kwargs).states)
-        permeability = torch.ones(rows, len(membranes))
-        permeability[: rows // 2] = 0.0  # with guidance, diffusers puts the unconditional rows first
-        return Opening.of(permeability, torch.ones(len(membranes)))
-
-    injection.attach(opening, lambda _: None)
-    try:
-        yield
-    finally:
-        injection.detach()
-
-
 def _both(pipe: Any, judge: Judge, membrane: Membrane, group: Any, images: int) -> tuple[Drawn, Drawn]:
     asked = cases(pipe, membrane.concept, group, images, seed=1)
     before = draw_cases(pipe, judge, asked, seed=50_000, label=f"{membrane.concept}: {group} before")
-    with forced_open(pipe, [membrane]):
+    with Adapters((membrane,), both=False).on(pipe):
         after = draw_cases(pipe, judge, asked, seed=50_000, label=f"{membrane.concept}: {group} after")
     return before, after
 

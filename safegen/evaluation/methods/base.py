@@ -120,6 +120,27 @@ class Method(Protocol):
         ...
 
 
+class Untrained:
+    """A `Method` without iterations."""
+
+    __slots__ = ()
+
+    def scaled(self, effort: float) -> Self:
+        """See `Method`."""
+        return self
+
+
+class Unstored:
+    """An `Eraser` that keeps nothing but names and settings."""
+
+    __slots__ = ()
+
+    @property
+    def stored(self) -> int:
+        """See `Eraser`."""
+        return 0
+
+
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Returns the bytes of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)

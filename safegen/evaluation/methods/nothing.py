@@ -7,25 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from safegen.evaluation.methods.base import Drawer, Kind, Task
+from safegen.evaluation.methods.base import Drawer, Kind, Task, Unstored, Untrained
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing:
+class Nothing(Untrained, Unstored):
     """The base model as it is; its own eraser."""
 
     name: ClassVar[str] = "base"
     kind: ClassVar[Kind] = "none"
     several: ClassVar[str] = "nothing to compose"
-
-    @property
-    def stored(self) -> int:
-        """See `Eraser`."""
-        return 0
-
-    def scaled(self, effort: float) -> Self:
-        """See `Method`."""
-        return self
 
     def make(self, pipe: Any, task: Task) -> Self:
         """See `Method`."""

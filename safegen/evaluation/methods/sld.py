@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ from safegen.backend import backend_of
 from safegen.backend.base import Backend
 from safegen.backend.standin import StandIn
 from safegen.errors import UsageError
-from safegen.evaluation.methods.base import Drawer, Kind, Task, listed
+from safegen.evaluation.methods.base import Drawer, Kind, Task, Unstored, Untrained, listed
 from safegen.evaluation.methods.host import encode
 
 
 @dataclass(frozen=True, slots=True)
-class Sld:
+class Sld(Untrained):
     """SLD; the defaults are the authors' strongest setting ("Hyp-Max").
 
     Attributes:
@@ -50,10 +50,6 @@ class Sld:
     beta: float = 0.7
     warmup: float = 0.0
 
-    def scaled(self, effort: float) -> Self:
-        """See `Method`: there are no iterations."""
-        return self
-
     def make(self, pipe: Any, task: Task) -> SafeGuidance:
         """See `Method`."""
         return SafeGuidance(self, encode(backend_of(pipe), [listed(task.names())]))
@@ -66,7 +62,7 @@ class Sld:
 
 
 @dataclass(frozen=True, slots=True)
-class SafeGuidance:
+class SafeGuidance(Unstored):
     """SLD for one list of names.
 
     Attributes:
@@ -76,11 +72,6 @@ class SafeGuidance:
 
     method: Sld
     unsafe: Tensor
-
-    @property
-    def stored(self) -> int:
-        """See `Eraser`: nothing but the names."""
-        return 0
 
     @contextmanager
     def on(self, pipe: Any) -> Generator[Drawer]:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from safegen.backend import backend_of
 from safegen.backend.base import Backend
-from safegen.evaluation.methods.base import Kind, Task
+from safegen.evaluation.methods.base import Kind, Task, Untrained
 from safegen.evaluation.methods.host import encode
 from safegen.evaluation.methods.weights import CROSS_ATTENTION, Weights, chosen
 
@@ -49,7 +49,7 @@ def _from_last(backend: Backend, texts: Sequence[str]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Uce:
+class Uce(Untrained):
     """UCE.
 
     Attributes:
@@ -63,10 +63,6 @@ class Uce:
 
     preserve: float = 0.1
     ridge: float = 0.1
-
-    def scaled(self, effort: float) -> Self:
-        """See `Method`: there are no iterations."""
-        return self
 
     @torch.no_grad()
     def make(self, pipe: Any, task: Task) -> Weights:

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from PIL import Image
 
-from safegen.evaluation.methods.base import Drawer, Kind, Task, listed
+from safegen.evaluation.methods.base import Drawer, Kind, Task, Unstored, Untrained, listed
 from safegen.text import PhraseMatcher
 
 
 @dataclass(frozen=True, slots=True)
-class NegativePrompt:
+class NegativePrompt(Untrained):
     """All names as a negative prompt: `ε̄ = ε(names) + s (ε(c) - ε(names))` takes the place of guidance from ε(∅)."""
 
     name: ClassVar[str] = "negative-prompt"
     kind: ClassVar[Kind] = "inference"
     several: ClassVar[str] = "all names in one text"
-
-    def scaled(self, effort: float) -> Self:
-        """See `Method`: there are no iterations."""
-        return self
 
     def make(self, pipe: Any, task: Task) -> Negative:
         """See `Method`."""
@@ -31,15 +27,10 @@ class NegativePrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Negative:
+class Negative(Unstored):
     """A negative prompt for every image."""
 
     text: str
-
-    @property
-    def stored(self) -> int:
-        """See `Eraser`: nothing but the names."""
-        return 0
 
     @contextmanager
     def on(self, pipe: Any) -> Generator[Drawer]:
@@ -52,7 +43,7 @@ class Negative:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockList:
+class BlockList(Untrained):
     """A prompt in which a name stands, whole and in any spelling that policies know, gets a black image.
 
     The model is not asked what it would have drawn; other words for the same thing pass.
@@ -62,25 +53,16 @@ class BlockList:
     kind: ClassVar[Kind] = "gate"
     several: ClassVar[str] = "one list"
 
-    def scaled(self, effort: float) -> Self:
-        """See `Method`: there are no iterations."""
-        return self
-
     def make(self, pipe: Any, task: Task) -> Blocked:
         """See `Method`."""
         return Blocked(PhraseMatcher(task.names()))
 
 
 @dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(Unstored):
     """Black images for prompts that name a target."""
 
     matcher: PhraseMatcher
-
-    @property
-    def stored(self) -> int:
-        """See `Eraser`: nothing but the names."""
-        return 0
 
     @contextmanager
     def on(self, pipe: Any) -> Generator[Drawer]:
